@@ -1,10 +1,12 @@
-"""The one exception that a user's mistake raises, and how entry points show it."""
+"""Exceptions meant for the user, exit codes, and how entry points show them."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
 
+EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
 
 
 class UserError(Exception):
@@ -14,11 +16,19 @@ class UserError(Exception):
     """
 
 
+class RunError(Exception):
+    """A run that cannot go on for a reason of its own (it diverged, say); one line, status 1."""
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError` raised inside the block into one line on stderr and exit status 2."""
+    """Turns a `UserError` raised inside the block into one line on stderr and exit status 2.
+
+    A `RunError` likewise, with exit status 1.
+    """
     try:
         yield
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        status = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_FAILED
+        raise SystemExit(status) from None

@@ -1,0 +1,68 @@
+"""Command lines with absl flags: `--help` with an example, and one clear line for a mistake."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags, logging
+
+from danube_jax.errors import UserError, exit_on_user_error
+
+
+def parse_flags(argv: Sequence[str], doc: str | None, required: Sequence[str] = ()) -> list[str]:
+    """Parses `argv` into absl's flags.
+
+    Args:
+      argv: the program's name and its arguments.
+      doc: the entry point's docstring, shown by `--help`.
+      required: flags that must be given.
+
+    Raises:
+      UserError: an unknown flag, a bad value, a missing or broken config file, or stray words.
+    """
+    if {"--help", "-help", "-h", "--helpfull"} & set(argv[1:]):
+        print((doc or "").strip(), end="\n\nFlags:\n")
+        print(flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag(_any_flag())))
+        raise SystemExit(0)
+    try:
+        rest = flags.FLAGS(list(argv))
+        for name in required:
+            if flags.FLAGS[name].value is None:
+                raise UserError(f"--{name} is needed; --help shows an example")
+    except UserError:
+        raise
+    except Exception as error:  # a config file may raise anything while it is read
+        raise UserError(_one_line(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    return rest
+
+
+def _any_flag() -> str:
+    """A flag of the main module, by which absl finds its help text."""
+    main = [
+        f.name
+        for m, fs in flags.FLAGS.flags_by_module_dict().items()
+        for f in fs
+        if m in ("__main__", sys.argv[0])
+    ]
+    return main[0] if main else "help"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    unknown = re.search(r'Key "?([\w.]+)"? does not exist', text)
+    if unknown:
+        meant = re.search(r'Did you mean "(\w+)"', text)
+        hint = f"; did you mean {meant[1]!r}?" if meant else "; danube_jax/config.py lists the keys"
+        return f"config: unknown key {unknown[1]!r}{hint}"
+    if isinstance(error, FileNotFoundError):
+        return f"{text}; --config takes a Python file such as configs/demo.py"
+    return text or type(error).__name__
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Runs an entry point and exits with its status."""
+    logging.set_verbosity(logging.ERROR)
+    with exit_on_user_error():
+        raise SystemExit(main(sys.argv))

@@ -1,0 +1,57 @@
+"""Train a model, or resume what a workdir holds.
+
+Example:
+  python -m danube_jax.train --config=configs/demo.py
+  python -m danube_jax.train --config=configs/danube2.py --workdir=runs/danube2 \\
+      --config.training.microbatch_tokens=16384
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from danube_jax import command_line
+from danube_jax.config import parse_config
+from danube_jax.errors import EXIT_INTERRUPTED
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file in configs/; override values with --config.key=value."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/NAME.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, for a run of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses flags, trains, and returns the exit status."""
+    command_line.parse_flags(argv, __doc__, required=("config",))
+    run = parse_config(_CONFIG.value)
+    workdir = Path(_WORKDIR.value or Path("runs") / run.name)
+
+    from danube_jax.training.mesh import initialize_distributed
+    from danube_jax.training.signals import Interrupted, StopRequest
+
+    with StopRequest() as stop:
+        try:
+            initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            from danube_jax.training.loop import train
+
+            return train(run, workdir, stop)
+        except Interrupted as interrupted:
+            print(
+                f"{interrupted}: stopped before the first step; the same command starts again",
+                file=sys.stderr,
+            )
+            return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    command_line.run(main)

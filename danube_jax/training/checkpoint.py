@@ -1,0 +1,190 @@
+"""Checkpoints: Orbax, asynchronous, complete or not there, and verified when they are read.
+
+A step holds two items: `state`, the arrays of a `TrainState`; and `meta`, JSON with the step, the
+data fingerprint and a checksum of every array. The checksums are computed on the devices from
+what is saved, and again from what was restored, so that they cover disk, transfer and resharding;
+they do not depend on the number of devices.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from danube_jax.config import CheckpointConfig
+from danube_jax.console import warn
+from danube_jax.errors import UserError
+
+PyTree = Any
+
+
+@jax.jit
+def checksums(tree: PyTree) -> PyTree:
+    """A uint32 checksum a leaf: its words times odd weights by position, summed modulo 2^32.
+
+    Any change of a single word changes the sum, since an odd weight is invertible; the order of
+    summation, and so the sharding, does not matter.
+    """
+
+    def checksum(leaf: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        index = jnp.zeros(leaf.shape, jnp.uint32)
+        for dim, size in enumerate(leaf.shape):
+            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim)
+        return jnp.sum((words + jnp.uint32(1)) * (2 * index + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, tree)
+
+
+def _named_checksums(tree: PyTree) -> dict[str, int]:
+    sums = jax.tree_util.tree_leaves_with_path(checksums(tree))
+    return {jax.tree_util.keystr(path): int(np.asarray(value)) for path, value in sums}
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one workdir."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
+        """Opens `directory`, which is made where it does not exist.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        self._directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last,
+            keep_period=config.keep_every_steps or None,
+            enable_async_checkpointing=config.asynchronous,
+            cleanup_tmp_directories=True,
+        )
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        except OSError as error:
+            raise UserError(f"{self._directory}: cannot hold checkpoints: {error}") from error
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints on disk, oldest first."""
+        return sorted(self._manager.all_steps(read=True))
+
+    def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+        """Begins to write a checkpoint; the one before it is waited for.
+
+        Raises:
+          UserError: it or the one before cannot be written (a full disk, say).
+        """
+        with _write_errors(self._directory, step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    meta=ocp.args.JsonSave(meta | {"checksums": _named_checksums(state)}),
+                ),
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Returns when everything begun is on disk.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        with _write_errors(self._directory, None):
+            self._manager.wait_until_finished()
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The `meta` of one checkpoint."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["meta"]
+
+    def restore_latest(self, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+        """The newest checkpoint that can be read and verified, or None where there is none at all.
+
+        What fails is reported by name; where an older one can be used, the failed ones are moved to
+        `damaged/` beside the folder, so that the run can write those steps again.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings to restore to.
+
+        Raises:
+          UserError: there are checkpoints, but none can be used.
+        """
+        steps = self.steps()
+        damaged: list[int] = []
+        for step in reversed(steps):
+            try:
+                state, meta = self._restore(step, abstract_state)
+            except Exception as error:  # any reader's error means the same: it cannot be used
+                reason = " ".join(str(error).split())[:300]
+                warn(f"{self._directory / str(step)}: checkpoint cannot be used: {reason}")
+                damaged.append(step)
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            return state, meta
+        if steps:
+            raise UserError(
+                f"{self._directory}: none of the checkpoints {steps} can be read; "
+                "restore one from a copy, or choose another --workdir to start again"
+            )
+        return None
+
+    def _restore(self, step: int, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+            ),
+        )
+        expected = restored["meta"]["checksums"]
+        found = _named_checksums(restored["state"])
+        wrong = sorted(name for name in found if found[name] != expected.get(name))
+        if wrong:
+            raise ValueError(f"checksum of {wrong[0]} differs ({len(wrong)} of {len(found)})")
+        return restored["state"], restored["meta"]
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a damaged step out of the way, so that the run can write that step again."""
+        if jax.process_index() == 0:
+            target = self._directory.parent / "damaged" / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            shutil.move(self._directory / str(step), target)
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for what is being written and ends Orbax's threads.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        with _write_errors(self._directory, None):
+            self._manager.close()
+
+
+class _write_errors:
+    """Turns whatever a failed write raises into one line that names the cause."""
+
+    def __init__(self, directory: Path, step: int | None):
+        self._directory, self._step = directory, step
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        text = " ".join(str(error).split())
+        cause = re.search(r"No space left on device|Disk quota exceeded|Permission denied", text)
+        step = "a checkpoint" if self._step is None else f"checkpoint {self._step}"
+        raise UserError(
+            f"{self._directory}: {step} could not be written: {cause[0] if cause else text[:300]}; "
+            "make room or mend the folder and run the same command again: "
+            "it continues from the last complete checkpoint"
+        ) from error

@@ -1,0 +1,399 @@
+"""The loop around the training step: data in, metrics out, checkpoints, evaluation, samples.
+
+It is the same loop for every objective. All that a run is stands in its config, its stores and
+its checkpoint; everything here can be stopped at any moment and started again.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from danube_jax.config import RunConfig
+from danube_jax.console import console, info, warn
+from danube_jax.data.loader import BatchSource, heldout_batches, make_loader
+from danube_jax.data.phases import describe_mismatch
+from danube_jax.errors import EXIT_INTERRUPTED, RunError, UserError
+from danube_jax.inference.generate import generate
+from danube_jax.models.decoder import Decoder, flops_per_token, init_params
+from danube_jax.training.checkpoint import Checkpointer
+from danube_jax.training.dtypes import DTYPES
+from danube_jax.training.heldout import evaluate_source, make_eval_step, unigram_loss
+from danube_jax.training.mesh import DATA_AXIS, make_mesh, put_batch
+from danube_jax.training.metrics import MetricsWriter, Throughput, memory_bytes
+from danube_jax.training.objectives import language_modeling
+from danube_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from danube_jax.training.run_data import RunData, open_run_data
+from danube_jax.training.signals import StopRequest
+from danube_jax.training.step import (
+    TrainState,
+    init_state,
+    make_train_step,
+    state_shardings,
+    state_specs,
+)
+from danube_jax.training.terminal import TrainingDisplay, announce, summarize
+from danube_jax.training.workdir import check_workdir, claim_workdir
+
+EVAL_TOKENS_PER_DEVICE = 16_384
+
+
+def train(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
+    """Trains, or resumes what `workdir` holds; returns the process's exit status.
+
+    Raises:
+      UserError: the config, the data, the workdir or the disk does not allow it.
+      RunError: the run diverged.
+    """
+    console.quiet = jax.process_index() != 0
+    if jax.default_backend() == "cpu":
+        if Path("/dev/nvidia0").exists():
+            warn("a GPU is present but JAX does not use it: pip install -e '.[cuda]'")
+        else:
+            info("no accelerator found: running on the CPU")
+    check_workdir(workdir, run)
+    trainer = Trainer(run, workdir, open_run_data(run, workdir))
+    try:
+        return trainer.run(stop)
+    finally:
+        trainer.close()
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A dispatched step whose metrics are still on the device."""
+
+    step: int
+    data_wait: float
+    metrics: dict[str, jax.Array]
+
+
+class Trainer:
+    """One process's part of a run: compiled steps, state, and what it writes."""
+
+    def __init__(self, run: RunConfig, workdir: Path, data: RunData):
+        self.config, self.workdir, self.data = run, workdir, data
+        self.schedule = data.schedule
+        self.mesh = make_mesh()
+        self.source = BatchSource(
+            run,
+            data.train,
+            devices=self.mesh.size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self._compile_parts()
+        self.last_step = self._last_step()
+        if jax.process_index() == 0:
+            claim_workdir(workdir, run)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("workdir claimed")
+        self.checkpointer = Checkpointer(workdir / "checkpoints", run.checkpoint)
+        self.state = self._restore_or_init()
+        self.step = int(self.state.step)
+        self.writer = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
+        self.display = TrainingDisplay(self.schedule, self.last_step)
+        self.phase: Any = None
+        self.throughput: Throughput | None = None
+        self.stop_agreed = False
+
+    def _compile_parts(self) -> None:
+        """Decoder, sharded state layout, and the jitted steps."""
+        run, dtype = self.config, DTYPES[self.config.precision.compute]
+        self.decoder = Decoder(run.model, dtype=dtype)
+        self.optimizer = make_optimizer(run.optimizer)
+        abstract = jax.eval_shape(self._fresh_state)
+        specs = state_specs(abstract, self.mesh.size, run.training.zero1)
+        self.shardings = state_shardings(self.mesh, specs)
+        self.abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            self.shardings,
+        )
+        chunk_tokens = run.training.loss_chunk_tokens
+        layout: dict[str, Any] = {"mesh": self.mesh, "specs": specs, "compute_dtype": dtype}
+        self.train_step = make_train_step(
+            language_modeling(self.decoder, z_loss=run.training.z_loss, chunk_tokens=chunk_tokens),
+            self.optimizer,
+            learning_rate_schedule(run.optimizer, self.schedule),
+            clip_norm=run.optimizer.clip_norm,
+            **layout,
+        )
+        self.eval_step = make_eval_step(
+            language_modeling(self.decoder, z_loss=0.0, chunk_tokens=chunk_tokens), **layout
+        )
+
+    def _last_step(self) -> int:
+        total, limit = self.schedule.total_steps, self.config.training.max_steps
+        if limit is None or limit >= total:
+            return total
+        phase = self.schedule.phase_at_step(limit - 1)
+        warn(
+            f"training.max_steps={limit} ends the run in phase {phase.name!r}, before its "
+            f"{total} steps; the learning rate still follows the whole schedule"
+        )
+        return limit
+
+    def _fresh_state(self) -> TrainState:
+        key = jax.random.key(self.config.training.seed)
+        return init_state(init_params(self.config.model, key), self.optimizer)
+
+    def _restore_or_init(self) -> TrainState:
+        restored = self.checkpointer.restore_latest(self.abstract_state)
+        if restored is None:
+            return jax.jit(self._fresh_state, out_shardings=self.shardings)()
+        state, meta = restored
+        changes = describe_mismatch(meta["data"], self.data.fingerprint)
+        if changes and not self.config.checkpoint.allow_data_change:
+            raise UserError(
+                f"{self.workdir}: the data is not what this run was trained on "
+                f"({'; '.join(changes)}); bring it back, or accept the change with "
+                "--config.checkpoint.allow_data_change=True"
+            )
+        for change in changes:
+            warn(f"resuming on changed data: {change}")
+        if meta["devices"] != self.mesh.size:
+            warn(
+                f"the checkpoint was written with {meta['devices']} devices and this run has "
+                f"{self.mesh.size}: same data, losses equal within rounding"
+            )
+        return state
+
+    def run(self, stop: StopRequest) -> int:
+        """Trains to the last step and reports; returns the exit status."""
+        announce(self.config, self.workdir, self.data, self.step, self.last_step)
+        stop.defer()
+        if self.step >= self.last_step:
+            self._evaluate_if_missing()
+            info("this run is complete; nothing was trained")
+            self._summarize()
+            return 0
+        if self._evaluation_due() or (self.step == 0 and self.config.evaluation.at_start):
+            self._evaluate_if_missing()
+        with self.display:
+            interrupted = self._train_steps(stop)
+        self.checkpointer.wait()
+        if interrupted:
+            info(f"saved at step {self.step}; the same command continues from there")
+            return EXIT_INTERRUPTED
+        self._summarize()
+        return 0
+
+    def _train_steps(self, stop: StopRequest) -> bool:
+        """Steps up to the last one; True where the run was asked to stop before it."""
+        config = self.config.checkpoint
+        pending: _Pending | None = None
+        for batch, data_wait in self._device_batches():
+            entered = self._enter_phase()
+            self.state, metrics = self.train_step(self.state, batch, self._stop_flags(stop))
+            self.step += 1
+            if pending is not None:
+                self._finish(pending)
+            pending = _Pending(self.step, data_wait, metrics)
+            stopping = self.stop_agreed or (jax.process_count() == 1 and stop.requested)
+            last = self.step == self.last_step
+            save = stopping or last or self.step % config.every_steps == 0
+            if entered or save or self._evaluation_due():
+                self._finish(pending)
+                pending = None
+            if entered:  # what was spent on compiling is not the speed of training
+                self.throughput.reset()
+            if save:
+                self._save()
+            if stopping and not last:
+                return True
+            if self._evaluation_due():
+                self._evaluate_if_missing()
+                self.throughput.reset()
+        return False
+
+    def _device_batches(self) -> Iterator[tuple[dict[str, jax.Array], float]]:
+        """Global batches from the next step on, one transferred ahead; with seconds waited."""
+        loader = make_loader(
+            self.source,
+            self.step,
+            self.last_step,
+            num_workers=self.config.data.num_workers,
+            prefetch=self.config.data.prefetch,
+        )
+        iterator = iter(loader)
+        ahead: tuple[dict[str, jax.Array], float] | None = None
+        for _ in range(self.step, self.last_step):
+            start = time.perf_counter()
+            host_batch = next(iterator)
+            waited = time.perf_counter() - start
+            device_batch = put_batch(self.mesh, host_batch)
+            if ahead is not None:
+                yield ahead
+            ahead = (device_batch, waited)
+        if ahead is not None:
+            yield ahead
+
+    def _stop_flags(self, stop: StopRequest) -> jax.Array:
+        sharding = NamedSharding(self.mesh, P(DATA_AXIS))
+        local = np.full(jax.local_device_count(), int(stop.requested), np.int32)
+        return jax.make_array_from_process_local_data(sharding, local)
+
+    def _enter_phase(self) -> bool:
+        """Prepares for the phase of the coming step; True where it is a new one."""
+        phase = self.schedule.phase_at_step(self.step)
+        if phase is self.phase:
+            return False
+        self.phase = phase
+        self.display.enter_phase(phase)
+        self.throughput = Throughput(
+            flops_per_token(self.config.model, phase.context),
+            jax.devices()[0].device_kind,
+            self.mesh.size,
+        )
+        return True
+
+    def _finish(self, pending: _Pending) -> None:
+        """Fetches a step's metrics, acts on them, and logs them where due."""
+        metrics = {key: value.item() for key, value in jax.device_get(pending.metrics).items()}
+        self.stop_agreed |= metrics.pop("stop") > 0
+        self.throughput.add(self.phase.batch_tokens, pending.data_wait)
+        if metrics["skipped_in_a_row"]:
+            self._on_skip(pending.step, metrics)
+        self.display.update(pending.step, metrics["loss"])
+        if pending.step % self.config.training.log_every and pending.step != self.last_step:
+            return
+        rates = self.throughput.read()
+        self.throughput.reset()
+        row = {
+            "kind": "train",
+            "step": pending.step,
+            "tokens": self.schedule.tokens_at_step(pending.step),
+            "phase": self.phase.name,
+            "context": self.phase.context,
+            **metrics,
+            **rates,
+            "memory_bytes": memory_bytes(),
+        }
+        if self.writer is not None:
+            self.writer.write(row)
+        self.display.log(row)
+
+    def _on_skip(self, step: int, metrics: dict[str, Any]) -> None:
+        limit = self.config.training.max_skipped_steps
+        warn(
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: "
+            f"update skipped ({metrics['skipped_in_a_row']} in a row, {metrics['skipped']} in all)"
+        )
+        if metrics["skipped_in_a_row"] >= limit:
+            self.checkpointer.wait()
+            steps = self.checkpointer.steps()
+            raise RunError(
+                f"{limit} updates in a row were not finite, at step {step}: the run has diverged; "
+                f"the last checkpoint is {f'step {steps[-1]}' if steps else 'none yet'}; lower "
+                "optimizer.learning_rate or optimizer.clip_norm and start again from there"
+            )
+
+    def _save(self) -> None:
+        self.checkpointer.save(
+            self.step,
+            self.state,
+            {
+                "step": self.step,
+                "tokens": self.schedule.tokens_at_step(self.step),
+                "data": self.data.fingerprint,
+                "devices": self.mesh.size,
+            },
+        )
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluation.every_steps
+        on_schedule = every and self.step and self.step % every == 0
+        return bool(self.data.heldout) and bool(on_schedule or self.step == self.last_step)
+
+    def _evaluate_if_missing(self) -> None:
+        """Evaluates and samples at this step, unless metrics.jsonl has it from before a stop."""
+        missing = self.writer is not None and not any(
+            row["kind"] == "evaluation" and row["step"] == self.step for row in self.writer.rows
+        )
+        if jax.process_count() > 1:
+            missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
+        if missing:
+            self._evaluate()
+            self._sample()
+
+    def _evaluate(self) -> None:
+        phase = self.schedule.phase_at_step(max(self.step - 1, 0))
+        tokens_each = self.config.training.microbatch_tokens or EVAL_TOKENS_PER_DEVICE
+        rows = self.mesh.size * max(1, tokens_each // phase.context)
+        bytes_V = np.zeros(self.config.model.vocab_size, np.float32)
+        lengths = self.data.tokenizer.token_byte_lengths()
+        bytes_V[: len(lengths)] = lengths
+        row: dict[str, Any] = {
+            "kind": "evaluation",
+            "step": self.step,
+            "tokens": self.schedule.tokens_at_step(self.step),
+            "phase": phase.name,
+            "context": phase.context,
+        }
+        for name, store in self.data.heldout.items():
+            batches = heldout_batches(
+                store,
+                context=phase.context,
+                batch_rows=rows,
+                tokens=self.config.evaluation.tokens_per_source,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                mask_documents=self.config.data.mask_documents,
+            )
+            result = evaluate_source(
+                self.eval_step, self.state.params, batches, mesh=self.mesh, bytes_V=bytes_V
+            )
+            row |= {f"{key}/{name}": value for key, value in result.items()}
+        if self.writer is not None:
+            self.writer.write(row)
+        self.display.log_evaluation(row)
+
+    def _sample(self) -> None:
+        """Continues the configured prompts; process 0 generates from a copy of the weights."""
+        config = self.config.samples
+        if not config.prompts:
+            return
+        replicate = jax.jit(lambda p: p, out_shardings=NamedSharding(self.mesh, P()))
+        params = jax.tree.map(lambda x: x.addressable_data(0), replicate(self.state.params))
+        if self.writer is None:
+            return
+        tokenizer = self.data.tokenizer
+        prompts = [tokenizer.encode(prompt, add_bos=True) for prompt in config.prompts]
+        outputs = generate(
+            self.decoder,
+            params,
+            prompts,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            eos_id=tokenizer.eos_id,
+            key=jax.random.key(self.config.training.seed),
+        )
+        texts = [
+            prompt + tokenizer.decode_continuation(ids, output)
+            for prompt, ids, output in zip(config.prompts, prompts, outputs, strict=True)
+        ]
+        self.display.log_samples(self.step, config.prompts, texts)
+        self.writer.write_samples(self.step, texts)
+
+    def _summarize(self) -> None:
+        if self.writer is not None:
+            unigram = {
+                name: unigram_loss(self.data.train[name], store, self.config.model.vocab_size)
+                for name, store in self.data.heldout.items()
+            }
+            summarize(self.writer.rows, unigram, self.workdir)
+
+    def close(self) -> None:
+        """Waits for checkpoints and closes files."""
+        self.checkpointer.close()
+        if self.writer is not None:
+            self.writer.close()

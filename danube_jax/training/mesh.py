@@ -1,0 +1,87 @@
+"""The device mesh: one axis, `data`; what is sharded over it, and how processes find each other."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from danube_jax.console import warn
+from danube_jax.errors import UserError
+
+DATA_AXIS = "data"
+
+
+def initialize_distributed(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the processes of a multi-host run; a single process needs nothing.
+
+    The explicit arguments win; otherwise SLURM's and Open MPI's environment variables are used
+    where they name more than one process.
+
+    Raises:
+      UserError: the explicit arguments are incomplete, or the other processes cannot be reached.
+    """
+    explicit = (coordinator_address, num_processes, process_id)
+    if any(value is not None for value in explicit):
+        if any(value is None for value in explicit):
+            raise UserError(
+                "--coordinator_address, --num_processes and --process_id go together; "
+                f"got {coordinator_address!r}, {num_processes!r}, {process_id!r}"
+            )
+        arguments = {
+            "coordinator_address": coordinator_address,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
+    elif max(int(os.environ.get(key, 1)) for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) > 1:
+        if "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ:
+            warn("SLURM_NTASKS is set but this process was not started by srun: running alone")
+            return
+        arguments = {}
+    else:
+        return
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this run could not be joined: {error}") from error
+
+
+def make_mesh() -> Mesh:
+    """All devices of all processes on one axis, a process's devices next to each other."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), (DATA_AXIS,))
+
+
+def shard_spec(shape: tuple[int, ...], num_devices: int) -> P:
+    """The spec that shards an array's first divisible dimension; vectors stay replicated.
+
+    Norm scales are too small for sharding to pay.
+    """
+    if num_devices > 1 and len(shape) >= 2:
+        for dim, size in enumerate(shape):
+            if size % num_devices == 0:
+                return P(*([None] * dim), DATA_AXIS)
+    return P()
+
+
+def sharded_dim(spec: P) -> int | None:
+    """The dimension that `spec` shards over the data axis, or None."""
+    return spec.index(DATA_AXIS) if DATA_AXIS in spec else None
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a [A, B, ...] batch: micro-batches in time, rows over devices."""
+    return NamedSharding(mesh, P(None, DATA_AXIS))
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's part [A, B_local, ...] of every array as global device arrays [A, B, ...]."""
+    sharding = batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
+    }

@@ -1,0 +1,78 @@
+"""Opens what a run reads: tokenizer, stores, phase schedule; prepares built-in text where asked."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from danube_jax.config import RunConfig
+from danube_jax.console import warn
+from danube_jax.data.corpus.prepare import prepare_builtin
+from danube_jax.data.loader import open_stores
+from danube_jax.data.phases import (
+    PhaseSchedule,
+    SourceUse,
+    check_repetition,
+    data_fingerprint,
+    source_use,
+)
+from danube_jax.data.token_store import TokenStore
+from danube_jax.data.tokenizer import Tokenizer, load_tokenizer
+from danube_jax.errors import UserError
+from danube_jax.training.workdir import PREPARED_DATA
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """Everything a run reads, opened and checked."""
+
+    tokenizer: Tokenizer
+    train: dict[str, TokenStore]
+    heldout: dict[str, TokenStore]
+    schedule: PhaseSchedule
+    use: dict[str, SourceUse]
+    fingerprint: dict[str, str]
+
+
+def open_run_data(run: RunConfig, workdir: Path) -> RunData:
+    """Opens tokenizer and stores and builds the schedule; built-in sources are prepared first.
+
+    In a run of several processes the first one prepares and the others wait.
+
+    Raises:
+      UserError: a file is missing, damaged or does not fit the others or the model.
+    """
+    data = run.data
+    if any(source.builtin for source in data.sources.values()):
+        directory = Path(data.directory) if data.directory else workdir / PREPARED_DATA
+        if jax.process_index() == 0:
+            data = prepare_builtin(run, directory)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("built-in text prepared")
+            data = prepare_builtin(run, directory)
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size: {run.model.vocab_size} is not possible; the tokenizer has "
+            f"{tokenizer.vocab_size} tokens, so at least that many are needed"
+        )
+    schedule = PhaseSchedule.from_config(run)
+    for name in data.sources.keys() - set(schedule.sources):
+        warn(f"source {name!r} is in no phase's mixture and is not read")
+    paths = {name: data.sources[name] for name in schedule.sources}
+    train = open_stores(
+        data, {name: source.path for name, source in paths.items()}, tokenizer.fingerprint
+    )
+    heldout = open_stores(
+        data,
+        {name: source.heldout_path for name, source in paths.items() if source.heldout_path},
+        tokenizer.fingerprint,
+    )
+    use = source_use(schedule, {name: store.tokens for name, store in train.items()})
+    check_repetition(run, use)
+    if not heldout:
+        warn("no source has a held-out store: nothing will be evaluated")
+    stores = {name: store.fingerprint for name, store in train.items()}
+    fingerprint = data_fingerprint(run, stores, tokenizer.fingerprint)
+    return RunData(tokenizer, train, heldout, schedule, use, fingerprint)

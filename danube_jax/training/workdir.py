@@ -1,0 +1,109 @@
+"""The folder of a run: whose it is, and that a run is resumed as what it was."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import danube_jax
+from danube_jax.config import RunConfig, to_dict
+from danube_jax.errors import UserError
+from danube_jax.files import write_atomic
+
+CONFIG_FILE = "config.json"
+PREPARED_DATA = "data"  # where built-in text is prepared
+
+# What may differ when a run is resumed: speed, memory, reporting and housekeeping.
+FREE_KEYS = (
+    "name",
+    "model.attention_backend",
+    "model.remat",
+    "data.directory",
+    "data.sources",  # what they hold is compared by fingerprint
+    "data.tokenizer",
+    "data.verify",
+    "data.num_workers",
+    "data.prefetch",
+    "training.microbatch_tokens",
+    "training.zero1",
+    "training.loss_chunk_tokens",
+    "training.max_steps",
+    "training.log_every",
+    "training.max_skipped_steps",
+    "evaluation",
+    "samples",
+    "checkpoint",
+)
+
+
+def check_workdir(workdir: Path, run: RunConfig) -> None:
+    """Makes sure that `workdir` is new, empty, or this run's; writes nothing.
+
+    Raises:
+      UserError: it is no folder, holds something else, or holds a run with another config.
+    """
+    try:
+        entries = sorted(entry.name for entry in workdir.iterdir()) if workdir.exists() else []
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--workdir={workdir}: not a folder to work in: {reason}") from error
+    if CONFIG_FILE in entries:
+        _require_same_run(workdir / CONFIG_FILE, run)
+    elif set(entries) - {PREPARED_DATA}:
+        raise UserError(
+            f"--workdir={workdir}: holds {entries[0]!r} but no {CONFIG_FILE}, so it is not "
+            "the folder of a run; choose an empty or a new one"
+        )
+
+
+def claim_workdir(workdir: Path, run: RunConfig) -> None:
+    """Makes `workdir`, which `check_workdir` allowed, this run's folder.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--workdir={workdir}: cannot be made: {reason}") from error
+    saved = {"danube_jax": danube_jax.__version__, "config": to_dict(run)}
+    write_atomic(workdir / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config that a run was started with, as plain dicts.
+
+    Raises:
+      UserError: there is none or it is not readable.
+    """
+    path = workdir / CONFIG_FILE
+    try:
+        return json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the config of a run: {error}") from error
+
+
+def _require_same_run(path: Path, run: RunConfig) -> None:
+    free = FREE_KEYS + (("data", "phases") if run.checkpoint.allow_data_change else ())
+    old, new = _flatten(read_config(path.parent)), _flatten(to_dict(run))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not any(
+            key == item or key.startswith((f"{item}.", f"{item}[")) for item in free
+        ):
+            raise UserError(
+                f"--workdir={path.parent}: holds another run: config.{key} is "
+                f"{old.get(key)!r} there and {new.get(key)!r} here; "
+                "choose another --workdir, or the same config"
+            )
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict with dotted keys."""
+    if isinstance(node, Mapping):
+        items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
+    elif isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
+        items = [(f"{prefix}[{i}]", value) for i, value in enumerate(node)]
+    else:
+        return {prefix: node}
+    return {key: value for name, child in items for key, value in _flatten(child, name).items()}

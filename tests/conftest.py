@@ -1,0 +1,134 @@
+"""Fixtures: eight virtual CPU devices, a small tokenised corpus, and runs through the command."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CONFIG = """
+from danube_jax.config import base_config
+
+def get_config():
+    config = base_config()
+    config.name = "tiny"
+    model = config.model
+    model.vocab_size = 320
+    model.hidden_size = 32
+    model.intermediate_size = 64
+    model.num_hidden_layers = 2
+    model.num_attention_heads = 4
+    model.num_key_value_heads = 2
+    model.max_position_embeddings = 64
+    config.precision.linear = config.precision.compute = "float32"
+    config.data.tokenizer.path = "{corpus}/tokenizer.model"
+    config.data.sources = {{
+        name: {{
+            "path": "{corpus}/" + name + "/train",
+            "heldout_path": "{corpus}/" + name + "/heldout",
+        }}
+        for name in ("first", "second")
+    }}
+    config.training.batch_tokens = 512
+    config.training.log_every = 1
+    config.phases = (
+        {{"name": "short", "tokens": 24 * 512, "context_length": 32,
+          "mixture": {{"first": 0.7, "second": 0.3}}}},
+        {{"name": "long", "tokens": 36 * 512, "context_length": 64,
+          "mixture": {{"first": 0.2, "second": 0.8}}}},
+    )
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.final_learning_rate = 3e-4
+    config.optimizer.warmup_tokens = 5 * 512
+    config.evaluation.every_steps = 30
+    config.evaluation.tokens_per_source = 2_000
+    config.checkpoint.every_steps = 10
+    return config
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A tokenizer of 320 pieces and two sources, each with train and held-out stores."""
+
+    path: Path
+    config: Path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    """Real English (the language reference), tokenised into two sources."""
+    from pydoc_data.topics import topics
+
+    from danube_jax.data.token_store_writer import TokenStoreWriter
+    from danube_jax.data.tokenizer import load_tokenizer, train_bpe
+
+    from danube_jax.config import TokenizerConfig
+
+    path = tmp_path_factory.mktemp("corpus")
+    texts = [text for _, text in sorted(topics.items())]
+    train_bpe(iter(texts[:40]), path / "tokenizer.model", 320)
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(path / "tokenizer.model")))
+    thirds = {"first/train": 0, "second/train": 1, "first/heldout": 2, "second/heldout": 2}
+    for name, remainder in thirds.items():
+        with TokenStoreWriter(
+            path / name,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer.fingerprint,
+            provenance={"text": "pydoc_data.topics"},
+        ) as writer:
+            for text in itertools.islice(texts, remainder, 60, 3):
+                ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+                writer.add(ids, len(text.encode()))
+            writer.finish()
+    config = path / "tiny.py"
+    config.write_text(CONFIG.format(corpus=path))
+    return Corpus(path, config)
+
+
+def command(
+    *arguments: str,
+    module: str = "danube_jax.train",
+    devices: int = 1,
+    environment: Mapping[str, str] | None = None,
+    start: bool = False,
+):
+    """Runs (or starts) ``python -m MODULE``, or a script where `module` ends in .py."""
+    program = [module] if module.endswith(".py") else ["-m", module]
+    env = os.environ | {"PYTHONPATH": str(ROOT), **(environment or {})}
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", env["XLA_FLAGS"])
+    env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
+    popen = subprocess.Popen(
+        [sys.executable, *program, *arguments],
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if start:
+        return popen
+    out, err = popen.communicate(timeout=400)
+    return subprocess.CompletedProcess(popen.args, popen.returncode, out, err)
+
+
+def read_rows(workdir: Path, kind: str) -> list[dict]:
+    """The rows of one kind in a run's metrics.jsonl."""
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == kind]
