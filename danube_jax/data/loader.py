@@ -172,7 +172,7 @@ def make_loader(
     *,
     num_workers: int = 0,
     prefetch: int = 4,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator:
     """Iterates over the batches of steps [start_step, stop_step), read ahead of their use.
 
     Args:
@@ -182,13 +182,11 @@ def make_loader(
       prefetch: batches held ready, over all workers.
 
     Returns:
-      A Grain iterator; `close` ends its workers. A worker that dies makes `next` raise.
+      A Grain iterator of `Batch`; `close` ends its workers. A worker that dies makes `next` raise.
     """
     stop = len(source) if stop_step is None else min(stop_step, len(source))
-    if start_step >= stop:
-        return iter(())
     dataset = grain.MapDataset.source(source)[start_step:stop]
-    workers = min(num_workers, stop - start_step)
+    workers = min(num_workers, len(dataset))
     if not workers:
         options = grain.ReadOptions(min(READ_THREADS, prefetch), prefetch_buffer_size=prefetch)
         return iter(dataset.to_iter_dataset(options))
