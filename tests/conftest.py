@@ -75,10 +75,9 @@ def corpus(tmp_path_factory) -> Corpus:
     """Real English (the language reference), tokenised into two sources."""
     from pydoc_data.topics import topics
 
+    from danube_jax.config import TokenizerConfig
     from danube_jax.data.token_store_writer import TokenStoreWriter
     from danube_jax.data.tokenizer import load_tokenizer, train_bpe
-
-    from danube_jax.config import TokenizerConfig
 
     path = tmp_path_factory.mktemp("corpus")
     texts = [text for _, text in sorted(topics.items())]

@@ -1,6 +1,9 @@
 """The device mesh: one axis, `data`; what is sharded over it, and how processes find each other."""
 
 import os
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,22 +36,44 @@ def initialize_distributed(
                 "--coordinator_address, --num_processes and --process_id go together; "
                 f"got {coordinator_address!r}, {num_processes!r}, {process_id!r}"
             )
-        arguments = {
+        arguments: dict[str, Any] = {
             "coordinator_address": coordinator_address,
             "num_processes": num_processes,
             "process_id": process_id,
         }
-    elif max(int(os.environ.get(key, 1)) for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) > 1:
-        if "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ:
-            warn("SLURM_NTASKS is set but this process was not started by srun: running alone")
-            return
-        arguments = {}
-    else:
+    elif not has_launcher(os.environ):
         return
+    else:
+        arguments = {"local_device_ids": local_device_ids(os.environ)}
     try:
         jax.distributed.initialize(**arguments)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"the processes of this run could not be joined: {error}") from error
+
+
+def has_launcher(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM's srun or Open MPI's mpirun started this process among others."""
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return True
+    if int(environment.get("SLURM_NTASKS", 1)) > 1:
+        if "SLURM_STEP_NODELIST" in environment:
+            return True
+        warn("SLURM has several tasks but this process was not started by srun: running alone")
+    return False
+
+
+def local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that it sees a launched process takes; [] means all of them.
+
+    A process that is alone on its host drives all its GPUs, and so does one to which the launcher
+    shows only its own. Otherwise None: JAX gives the n-th process of a host the n-th GPU.
+    """
+    tasks = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or environment.get(
+        "SLURM_STEP_TASKS_PER_NODE", "2"
+    )
+    alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return [] if alone or (visible and "," not in visible) else None
 
 
 def make_mesh() -> Mesh:

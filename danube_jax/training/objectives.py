@@ -41,6 +41,6 @@ def language_modeling(decoder: Decoder, *, z_loss: float, chunk_tokens: int) -> 
             chunk_tokens=chunk_tokens,
             z_loss=z_loss,
         )
-        return loss, aux
+        return loss, {"nll": aux["nll_sum"], "z_loss": aux["z_loss_sum"]}
 
     return objective

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from danube_jax.data.phases import PhaseSchedule
 
 from danube_jax.config import DataConfig, OptimizerConfig, PhaseConfig, RunConfig, SourceConfig
+from danube_jax.data.phases import PhaseSchedule
 from danube_jax.training.optimizer import learning_rate_schedule
 
 BATCH = 1_179_648

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from danube_jax.models.decoder import Decoder, init_params
 from jax.sharding import Mesh
 
 from danube_jax.config import ModelConfig, OptimizerConfig
+from danube_jax.models.decoder import Decoder, init_params
 from danube_jax.training.mesh import DATA_AXIS, put_batch, shard_spec, sharded_dim
 from danube_jax.training.objectives import language_modeling
 from danube_jax.training.optimizer import make_optimizer
