@@ -28,7 +28,7 @@ def get_config():
     config = base_config()
     config.name = "tiny"
     model = config.model
-    model.vocab_size = 320
+    model.vocab_size = 400
     model.hidden_size = 32
     model.intermediate_size = 64
     model.num_hidden_layers = 2
@@ -64,7 +64,7 @@ def get_config():
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A tokenizer of 320 pieces and two sources, each with train and held-out stores."""
+    """A tokenizer of 400 pieces and two sources, each with train and held-out stores."""
 
     path: Path
     config: Path
@@ -81,7 +81,7 @@ def corpus(tmp_path_factory) -> Corpus:
 
     path = tmp_path_factory.mktemp("corpus")
     texts = [text for _, text in sorted(topics.items())]
-    train_bpe(iter(texts[:40]), path / "tokenizer.model", 320)
+    train_bpe(iter(texts[:40]), path / "tokenizer.model", 400)
     tokenizer = load_tokenizer(TokenizerConfig(path=str(path / "tokenizer.model")))
     thirds = {"first/train": 0, "second/train": 1, "first/heldout": 2, "second/heldout": 2}
     for name, remainder in thirds.items():

@@ -198,12 +198,12 @@ def test_help_shows_an_example():
 
 
 def test_losses_fall_and_are_finite(corpus, tmp_path):
-    """The tiny run learns: far below the entropy of guessing among 320 pieces (5.77 nats)."""
+    """The tiny run learns: far below the entropy of guessing among 400 pieces (5.99 nats)."""
     workdir = tmp_path / "run"
     result = command(f"--config={corpus.config}", f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert len(losses) == 60
-    assert np.mean(losses[:3]) > 5.5
+    assert np.mean(losses[:3]) > 5.7
     assert np.mean(losses[-10:]) < 5.0

@@ -71,7 +71,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints on disk, oldest first."""
-        return sorted(self._manager.all_steps(read=True))
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
         """Begins to write a checkpoint; the one before it is waited for.

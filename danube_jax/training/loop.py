@@ -191,6 +191,9 @@ class Trainer:
         config = self.config.checkpoint
         pending: _Pending | None = None
         for batch, data_wait in self._device_batches():
+            if pending is not None and self.schedule.phase_at_step(self.step) is not self.phase:
+                self._finish(pending)
+                pending = None
             entered = self._enter_phase()
             self.state, metrics = self.train_step(self.state, batch, self._stop_flags(stop))
             self.step += 1
@@ -203,14 +206,13 @@ class Trainer:
             if entered or save or self._evaluation_due():
                 self._finish(pending)
                 pending = None
-            if entered:  # what was spent on compiling is not the speed of training
-                self.throughput.reset()
             if save:
                 self._save()
             if stopping and not last:
                 return True
             if self._evaluation_due():
                 self._evaluate_if_missing()
+            if pending is None:  # compiling, saving and evaluating are not the speed of training
                 self.throughput.reset()
         return False
 
@@ -366,7 +368,7 @@ class Trainer:
         if self.writer is None:
             return
         tokenizer = self.data.tokenizer
-        prompts = [tokenizer.encode(prompt, add_bos=True) for prompt in config.prompts]
+        prompts = [tokenizer.encode(prompt, bos=True) for prompt in config.prompts]
         outputs = generate(
             self.decoder,
             params,
@@ -378,8 +380,8 @@ class Trainer:
             key=jax.random.key(self.config.training.seed),
         )
         texts = [
-            prompt + tokenizer.decode_continuation(ids, output)
-            for prompt, ids, output in zip(config.prompts, prompts, outputs, strict=True)
+            tokenizer.decode(prompt + output)
+            for prompt, output in zip(prompts, outputs, strict=True)
         ]
         self.display.log_samples(self.step, config.prompts, texts)
         self.writer.write_samples(self.step, texts)

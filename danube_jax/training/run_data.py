@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from danube_jax.config import RunConfig
+from danube_jax.config import RunConfig, TokenizerConfig
 from danube_jax.console import warn
-from danube_jax.data.corpus.prepare import prepare_builtin
+from danube_jax.data.corpus.prepare import PreparedData, prepare_builtin
 from danube_jax.data.loader import open_stores
 from danube_jax.data.phases import (
     PhaseSchedule,
@@ -43,32 +43,26 @@ def open_run_data(run: RunConfig, workdir: Path) -> RunData:
     Raises:
       UserError: a file is missing, damaged or does not fit the others or the model.
     """
-    data = run.data
-    if any(source.builtin for source in data.sources.values()):
-        directory = Path(data.directory) if data.directory else workdir / PREPARED_DATA
-        if jax.process_index() == 0:
-            data = prepare_builtin(run, directory)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("built-in text prepared")
-            data = prepare_builtin(run, directory)
-    tokenizer = load_tokenizer(data.tokenizer)
+    schedule = PhaseSchedule.from_config(run)
+    for name in run.data.sources.keys() - set(schedule.sources):
+        warn(f"source {name!r} is in no phase's mixture and is not read")
+    train_paths = {name: run.data.sources[name].path for name in schedule.sources}
+    heldout_paths = {name: run.data.sources[name].heldout_path for name in schedule.sources}
+    tokenizer_config = run.data.tokenizer
+    if any(source.builtin for source in run.data.sources.values()):
+        prepared = _prepare(run, workdir)
+        train_paths |= {name: prepared.train[name] for name in train_paths}
+        heldout_paths |= {name: prepared.heldout.get(name, "") for name in heldout_paths}
+        tokenizer_config = TokenizerConfig(path=prepared.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_config)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise UserError(
             f"config.model.vocab_size: {run.model.vocab_size} is not possible; the tokenizer has "
             f"{tokenizer.vocab_size} tokens, so at least that many are needed"
         )
-    schedule = PhaseSchedule.from_config(run)
-    for name in data.sources.keys() - set(schedule.sources):
-        warn(f"source {name!r} is in no phase's mixture and is not read")
-    paths = {name: data.sources[name] for name in schedule.sources}
-    train = open_stores(
-        data, {name: source.path for name, source in paths.items()}, tokenizer.fingerprint
-    )
-    heldout = open_stores(
-        data,
-        {name: source.heldout_path for name, source in paths.items() if source.heldout_path},
-        tokenizer.fingerprint,
-    )
+    train = open_stores(run.data, train_paths, tokenizer.fingerprint)
+    heldout_paths = {name: path for name, path in heldout_paths.items() if path}
+    heldout = open_stores(run.data, heldout_paths, tokenizer.fingerprint)
     use = source_use(schedule, {name: store.tokens for name, store in train.items()})
     check_repetition(run, use)
     if not heldout:
@@ -76,3 +70,14 @@ def open_run_data(run: RunConfig, workdir: Path) -> RunData:
     stores = {name: store.fingerprint for name, store in train.items()}
     fingerprint = data_fingerprint(run, stores, tokenizer.fingerprint)
     return RunData(tokenizer, train, heldout, schedule, use, fingerprint)
+
+
+def _prepare(run: RunConfig, workdir: Path) -> PreparedData:
+    """Prepares built-in text; process 0 does it, and the others find it done."""
+    directory = Path(run.data.directory) if run.data.directory else workdir / PREPARED_DATA
+    if jax.process_index() == 0:
+        prepared = prepare_builtin(run, directory)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("built-in text prepared")
+        prepared = prepare_builtin(run, directory)
+    return prepared

@@ -45,8 +45,8 @@ class TrainState:
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state around float32 `params`."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), zero, zero)
+    step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row)
 
 
 def state_specs(state: TrainState, num_devices: int, zero1: bool) -> TrainState:

@@ -43,7 +43,7 @@ def store(tmp_path):
 def test_loss_and_bits_per_byte_are_those_of_the_logits(store, devices):
     from danube_jax.config import OptimizerConfig
 
-    params = init_params(MODEL, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
     decoder = Decoder(MODEL, dtype=jnp.float32)
     mesh = Mesh(np.array(jax.devices()[:devices]), (DATA_AXIS,))
     state = init_state(params, make_optimizer(OptimizerConfig()))

@@ -59,7 +59,7 @@ def run_steps(devices: int, accumulation: int, zero1: bool, steps: int = 2, obje
             Decoder(MODEL, dtype=jnp.float32), z_loss=1e-4, chunk_tokens=64
         )
     optimizer = make_optimizer(OptimizerConfig())
-    state = init_state(init_params(MODEL, jax.random.key(0)), optimizer)
+    state = init_state(jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0)), optimizer)
     specs = state_specs(state, devices, zero1)
     state = jax.device_put(state, state_shardings(mesh, specs))
     step = make_train_step(
@@ -103,7 +103,7 @@ def test_accumulation_and_sharding_change_nothing(reference, devices, accumulati
 
 
 def test_master_parameters_and_moments_are_sharded():
-    params = init_params(MODEL, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
     state = init_state(params, make_optimizer(OptimizerConfig()))
     specs = state_specs(state, 8, zero1=True)
     for tree in (specs.params, specs.opt_state[0].mu, specs.opt_state[0].nu):
@@ -156,7 +156,7 @@ def poisoned(value: float):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_finite_update_is_skipped_and_counted(value):
-    initial = init_params(MODEL, jax.random.key(0))
+    initial = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
     state, metrics = run_steps(1, 1, True, steps=3, objective=poisoned(value))
     jax.tree.map(np.testing.assert_array_equal, state.params, jax.device_get(initial))
     assert (state.step, state.skipped, state.skipped_in_a_row) == (3, 3, 3)
