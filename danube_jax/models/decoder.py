@@ -1,0 +1,378 @@
+"""The H2O-Danube decoder: a Llama-style transformer with grouped queries and a sliding window.
+
+Danube (arXiv 2401.16818, section 3), Danube3 (arXiv 2407.09276, section 2). Names of modules and
+conventions are those of Hugging Face's Mistral and Llama, except that Q, K, V are one matmul and
+gate, up are one.
+
+Shape suffixes: B batch, T query length, S key length (cache slots), D model, N query heads,
+K KV heads, H head size, F feed-forward, V vocabulary.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_policies
+
+from danube_jax.config import ModelConfig
+from danube_jax.models.attention import attention
+from danube_jax.models.blocked_attention import DENOMINATOR_NAME, OUTPUT_NAME
+
+Params = dict[str, Any]
+
+
+class Linear(nn.Module):
+    """A bias-free linear map; every matmul of the blocks goes through this module.
+
+    The matmul runs in `linear_dtype`; the result has the dtype `dtype`.
+    """
+
+    features: int
+    init_std: float
+    dtype: jnp.dtype
+    linear_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTI: jax.Array) -> jax.Array:
+        shape = (x_BTI.shape[-1], self.features)
+        kernel_IO = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
+        y_BTO = jnp.dot(x_BTI.astype(self.linear_dtype), kernel_IO.astype(self.linear_dtype))
+        return y_BTO.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x_BTD.shape[-1],), jnp.float32)
+        x_BTD = x_BTD.astype(jnp.float32)
+        mean_square_BT1 = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
+        normed_BTD = x_BTD * jax.lax.rsqrt(mean_square_BT1 + self.epsilon)
+        return (normed_BTD * scale_D.astype(jnp.float32)).astype(self.dtype)
+
+
+def rotary_tables(
+    positions_BT: jax.Array, head_size: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of RoPE (arXiv 2104.09864), float32 [B, T, 1, H / 2] each."""
+    exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
+    angles_BTH = positions_BT.astype(jnp.float32)[..., None] * theta**-exponents
+    return jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+
+
+def apply_rotary(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (x[i], x[i + H / 2]) of each head: Hugging Face's `rotate_half`."""
+    cos_BT1H, sin_BT1H = tables
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos_BT1H - second * sin_BT1H, second * cos_BT1H + first * sin_BT1H]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of every layer, each [B, S, K, H]; slot j holds position j."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache of `length` slots for `batch` sequences."""
+    shape = (batch, length, config.num_key_value_heads, config.head_size)
+    layers = range(config.num_hidden_layers)
+    return KVCache(
+        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+    )
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query self-attention with RoPE."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    linear_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD, rotary, segment_ids_BT=None, positions_BT=None, layer_cache=None):
+        """Returns y_BTD and, where `layer_cache` (keys, values) is given, its next value."""
+        config = self.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_size = config.head_size
+        std, dtypes = config.initializer_range, (self.dtype, self.linear_dtype)
+
+        qkv_BTO = Linear((heads + 2 * kv_heads) * head_size, std, *dtypes, name="qkv_proj")(x_BTD)
+        qkv_BTNH = qkv_BTO.reshape(*x_BTD.shape[:2], heads + 2 * kv_heads, head_size)
+        q_BTNH = apply_rotary(qkv_BTNH[:, :, :heads], rotary)
+        k_BTKH = apply_rotary(qkv_BTNH[:, :, heads : heads + kv_heads], rotary)
+        v_BTKH = qkv_BTNH[:, :, heads + kv_heads :]
+
+        options = {"sliding_window": config.sliding_window, "backend": config.attention_backend}
+        if layer_cache is None:
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **options)
+        else:
+            layer_cache = _write(layer_cache, k_BTKH, v_BTKH, positions_BT)
+            options["backend"] = "auto"  # the configured one is for training
+            out_BTNH = attention(q_BTNH, *layer_cache, query_positions_BT=positions_BT, **options)
+
+        out_BTO = out_BTNH.reshape(*x_BTD.shape[:2], heads * head_size)
+        return Linear(config.hidden_size, std, *dtypes, name="o_proj")(out_BTO), layer_cache
+
+
+def _write(layer_cache, k_BTKH, v_BTKH, positions_BT):
+    keys_BSKH, values_BSKH = layer_cache
+    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+    return (
+        keys_BSKH.at[rows_B1, positions_BT].set(k_BTKH.astype(keys_BSKH.dtype), mode="drop"),
+        values_BSKH.at[rows_B1, positions_BT].set(v_BTKH.astype(values_BSKH.dtype), mode="drop"),
+    )
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate) * up)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    linear_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        config, dtypes = self.config, (self.dtype, self.linear_dtype)
+        features, std = config.intermediate_size, config.initializer_range
+        gate_up_BTF = Linear(2 * features, std, *dtypes, name="gate_up_proj")(x_BTD)
+        gate_BTF, up_BTF = jnp.split(gate_up_BTF, 2, axis=-1)
+        hidden_BTF = nn.silu(gate_BTF) * up_BTF
+        return Linear(config.hidden_size, std, *dtypes, name="down_proj")(hidden_BTF)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention and MLP, each added to the residual stream."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    linear_dtype: jnp.dtype
+
+    def setup(self):
+        options = (self.config, self.dtype, self.linear_dtype)
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps, self.dtype)
+        self.self_attn = SelfAttention(*options)
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps, self.dtype)
+        self.mlp = MLP(*options)
+
+    def __call__(self, x_BTD, rotary, segment_ids_BT=None, positions_BT=None, layer_cache=None):
+        """Returns y_BTD and, where `layer_cache` is given, its next value."""
+        attended_BTD, layer_cache = self.self_attn(
+            self.input_layernorm(x_BTD), rotary, segment_ids_BT, positions_BT, layer_cache
+        )
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), layer_cache
+
+
+def _is_fused_attention(primitive, *_, **__) -> bool:
+    # cuDNN's log-denominator has no checkpoint name; its forward kernel is known by its primitive.
+    return "dot_product_attention_fwd" in primitive.name
+
+
+_LINEAR_OUTPUTS = checkpoint_policies.dots_with_no_batch_dims_saveable
+_ATTENTION_OUTPUTS = checkpoint_policies.save_only_these_names(OUTPUT_NAME, DENOMINATOR_NAME)
+
+
+def _saves_linear_and_attention(primitive, *args, **params) -> bool:
+    return bool(
+        _LINEAR_OUTPUTS(primitive, *args, **params)
+        or _ATTENTION_OUTPUTS(primitive, *args, **params)
+        or _is_fused_attention(primitive)
+    )
+
+
+REMAT_SAVES = {
+    "full": checkpoint_policies.nothing_saveable,
+    "dots": _LINEAR_OUTPUTS,
+    "attention": _saves_linear_and_attention,
+}
+"""What the backward pass finds saved inside a block, by `ModelConfig.remat`.
+
+'full': nothing but the block's input. 'dots': the results of the linear layers; attention runs
+again. 'attention': these and the attention's output and log-denominator, so that only norms,
+RoPE, SwiGLU and residual additions run again (the dense 'xla' backend rebuilds its scores too).
+"""
+
+
+class Embedding(nn.Module):
+    """Token embeddings."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        config = self.config
+        shape = (config.vocab_size, config.hidden_size)
+        init = nn.initializers.normal(config.initializer_range)
+        self.embedding = self.param("embedding", init, shape, jnp.float32)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, tokens_BT, axis=0).astype(self.dtype)
+
+
+class Head(nn.Module):
+    """The matrix from the last hidden state to the logits."""
+
+    config: ModelConfig
+
+    def setup(self):
+        config = self.config
+        shape = (config.hidden_size, config.vocab_size)
+        init = nn.initializers.normal(config.initializer_range)
+        self.kernel = self.param("kernel", init, shape, jnp.float32)
+
+
+class Decoder(nn.Module):
+    """The language model.
+
+    Attributes:
+      config: architecture, attention backend and remat policy.
+      dtype: dtype of activations, embeddings and head.
+      linear_dtype: dtype of the matmuls of the blocks; None means `dtype`.
+
+    Parameters are created in float32 and may be given in any float dtype: they are cast to the
+    dtype of the computation they enter.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+    linear_dtype: jnp.dtype | None = None
+
+    def setup(self):
+        config = self.config
+        block_class = Block
+        if config.remat != "none":
+            block_class = nn.remat(Block, policy=REMAT_SAVES[config.remat], prevent_cse=True)
+        linear_dtype = self.dtype if self.linear_dtype is None else self.linear_dtype
+        self.embed_tokens = Embedding(config, self.dtype)
+        self.layers = [
+            block_class(config, self.dtype, linear_dtype) for _ in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Head(config)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token, float32 [B, T, V]; arguments as for `hidden_states`."""
+        return self.logits(self.hidden_states(tokens_BT, positions_BT, segment_ids_BT))
+
+    def hidden_states(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """States after the final norm, [B, T, D] in `dtype`.
+
+        Args:
+          tokens_BT: token ids, int32.
+          positions_BT: RoPE positions; None counts from 0 in each row. They do not change which
+            tokens are visible.
+          segment_ids_BT: tokens attend only within their segment; None means one segment a row.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        rotary = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
+        x_BTD = self.embed_tokens(tokens_BT)
+        for layer in self.layers:
+            x_BTD, _ = layer(x_BTD, rotary, segment_ids_BT)
+        return self.norm(x_BTD)
+
+    def logits(self, h_BTD: jax.Array) -> jax.Array:
+        """Logits of hidden states, accumulated and returned in float32, [B, T, V]."""
+        if self.config.tie_word_embeddings:
+            kernel_DV = self.embed_tokens.embedding.T
+        else:
+            kernel_DV = self.lm_head.kernel
+        return jnp.dot(h_BTD, kernel_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def decode(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """`decode_states` followed by `logits`."""
+        h_BTD, cache = self.decode_states(tokens_BT, positions_BT, cache)
+        return self.logits(h_BTD), cache
+
+    def decode_states(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Final states of new tokens that attend to the cache and to one another.
+
+        Serves prefill (T = length of the padded prompts) and decoding (T = 1). Prompts of
+        different lengths are padded on the right: what a padding token writes into its slot is
+        overwritten when the sequence reaches that position, and is not visible before.
+
+        Args:
+          tokens_BT: new tokens, int32.
+          positions_BT: their positions, which are the slots they are written to; int32. A
+            position beyond the cache is not written.
+          cache: keys and values so far.
+
+        Returns:
+          States after the final norm [B, T, D], and the next cache.
+        """
+        rotary = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
+        x_BTD = self.embed_tokens(tokens_BT)
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            layer_cache = (cache.keys[i], cache.values[i])
+            x_BTD, (k, v) = layer(x_BTD, rotary, None, positions_BT, layer_cache)
+            keys.append(k)
+            values.append(v)
+        return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 parameters: normal(initializer_range) matrices, norm scales of one."""
+    return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters, with nothing allocated."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def param_count(config: ModelConfig) -> int:
+    """Number of parameters; a tied head counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def head_kernel(params: Params) -> jax.Array:
+    """The matrix [D, V] from hidden states to logits, of a tied or an untied model."""
+    if "lm_head" in params:
+        return params["lm_head"]["kernel"]
+    return params["embed_tokens"]["embedding"].T
+
+
+def flops_per_token(config: ModelConfig, context_length: int, causal: bool = True) -> float:
+    """Model FLOPs of a training step (forward and backward) for one token.
+
+    6 for each parameter of a matmul (the head is one, the embedding lookup is not) plus
+    12 * L * N * H * keys for attention, where `keys` is the mean number of keys of a query:
+    T / 2 for causal attention, W - W^2 / (2 T) with a window of W < T; all T where `causal` is
+    False. Recomputation is not counted.
+    """
+    width = config.num_attention_heads * config.head_size
+    kv_width = config.num_key_value_heads * config.head_size
+    layer = config.hidden_size * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
+    matmul_params = config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
+    keys = float(context_length)
+    if causal:
+        window = min(config.sliding_window or context_length, context_length)
+        keys = window - window**2 / (2 * context_length)
+    return 6.0 * matmul_params + 12.0 * config.num_hidden_layers * width * keys
