@@ -182,6 +182,15 @@ def run_benchmark() -> None:
     print(json.dumps(result))
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags so that a wrong one ends like every other mistake."""
+    with exit_on_user_error():
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            raise UserError(f"{error}; see --help") from None
+
+
 def main(argv: list[str]) -> None:
     with exit_on_user_error():
         if len(argv) > 1:
@@ -190,4 +199,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
