@@ -212,14 +212,20 @@ class TokenStore:
         return starts, np.searchsorted(self._shard_starts, starts, side="right") - 1
 
     def _tokens(self, shard: int) -> np.ndarray:
-        return self._map(self._shards[shard]["file"])
+        entry = self._shards[shard]
+        return self._map(entry["file"], self.dtype, entry["tokens"])
 
     def _offsets(self, shard: int) -> np.ndarray:
-        return self._map(self._shards[shard]["offsets_file"])
+        entry = self._shards[shard]
+        return self._map(entry["offsets_file"], np.dtype(np.int64), _offsets_of(entry))
 
-    def _map_uncached(self, name: str) -> np.ndarray:
+    def _map_uncached(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
+        # Not np.load: it parses the header with `ast`, which fails now and then when threads do so
+        # at once (Python 3.11). The header's size follows from the file's, checked by `open`.
+        path = self.path / name
+        header = path.stat().st_size - count * dtype.itemsize
         # A plain view slices several times faster than the memmap subclass.
-        return np.load(self.path / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        return np.memmap(path, dtype, "r", header, (count,)).view(np.ndarray)
 
 
 def _offsets_of(shard: Mapping[str, Any]) -> int:

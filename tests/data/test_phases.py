@@ -242,3 +242,13 @@ def test_fingerprint_reports_what_changed_by_name(make_run):
     assert changed(rows=heavier) == ["phase 2"]
     assert changed(rows=[*LENGTHENING, ("more", 64, 32, {"a": 1})]) == ["phase 3"]
     assert changed(num_workers=3) == []
+
+
+def test_order_is_the_one_that_earlier_checkpoints_were_trained_in(make_run):
+    schedule = PhaseSchedule.from_config(make_run(LENGTHENING))
+    order = SampleOrder(schedule, {"a": 700, "b": 1100, "c": 900}, seed=5)
+    sources, starts = order.locate(np.arange(0, 230, 23))
+    # A change here needs another phases.ORDER_VERSION.
+    assert phases.ORDER_VERSION == 1
+    assert sources.tolist() == [0, 1, 0, 1, 0, 1, 0, 0, 2, 0]
+    assert starts.tolist() == [312, 125, 656, 1037, 40, 773, 344, 400, 480, 75]

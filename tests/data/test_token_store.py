@@ -1,3 +1,4 @@
+import concurrent.futures
 import itertools
 import json
 import pickle
@@ -5,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from danube_jax.data import token_store
 from danube_jax.data.token_store import TokenStore
 from danube_jax.data.token_store_writer import TokenStoreWriter
 from danube_jax.errors import UserError
@@ -197,3 +199,19 @@ def test_open_refuses_what_is_not_a_whole_store(tmp_path, store):
         refused(match)
     manifest_file.write_text("{")
     refused("cannot be read as JSON")
+
+
+def test_threads_may_map_shards_at_once(monkeypatch, store, documents):
+    def fails(*_):
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    monkeypatch.setattr(token_store, "MAX_OPEN_SHARDS", 2)
+    reader = TokenStore.open(store.path)
+    # Python 3.11 may fail so where threads parse at once, as np.load does with a file's header.
+    monkeypatch.setattr("ast.literal_eval", fails)
+    flat = np.concatenate(documents)
+    starts = np.random.default_rng(0).permutation(len(flat) - 8)
+    expected = [flat[s : s + 8] for s in starts]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda part: reader.read(part, 8), np.array_split(starts, 64)))
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
