@@ -9,13 +9,23 @@ from absl import flags, logging
 from danube_jax.errors import UserError, exit_on_user_error
 
 
-def parse_flags(argv: Sequence[str], doc: str | None, required: Sequence[str] = ()) -> list[str]:
+def parse_flags(
+    argv: Sequence[str],
+    doc: str | None,
+    *,
+    required: Sequence[str] = (),
+    positional: bool = False,
+) -> list[str]:
     """Parses `argv` into absl's flags.
 
     Args:
       argv: the program's name and its arguments.
       doc: the entry point's docstring, shown by `--help`.
       required: flags that must be given.
+      positional: whether arguments that are no flags are wanted.
+
+    Returns:
+      The arguments that are no flags.
 
     Raises:
       UserError: an unknown flag, a bad value, a missing or broken config file, or stray words.
@@ -33,9 +43,9 @@ def parse_flags(argv: Sequence[str], doc: str | None, required: Sequence[str] = 
         raise
     except Exception as error:  # a config file may raise anything while it is read
         raise UserError(_one_line(error)) from error
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
-    return rest
+    return rest[1:]
 
 
 def _any_flag() -> str:

@@ -1,9 +1,11 @@
 """Exceptions meant for the user, exit codes, and how entry points show them."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
@@ -24,10 +26,20 @@ class RunError(Exception):
 def exit_on_user_error() -> Iterator[None]:
     """Turns a `UserError` raised inside the block into one line on stderr and exit status 2.
 
-    A `RunError` likewise, with exit status 1.
+    A `RunError` likewise, with exit status 1; a full or unwritable disk is a user's to mend.
     """
     try:
         yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another "
+            "folder and run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(EXIT_USER_ERROR) from None
     except (UserError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         status = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_FAILED

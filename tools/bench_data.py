@@ -10,19 +10,20 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from danube_jax import config
-from danube_jax.data import files, loader
+from danube_jax import command_line, config, files
+from danube_jax.data import loader
 from danube_jax.data.token_store import TokenStore
 from danube_jax.data.token_store_writer import TokenStoreWriter
-from danube_jax.errors import UserError, exit_on_user_error
+from danube_jax.errors import UserError
 
 _STORE = flags.DEFINE_list("store", [], "Folders of token stores, one a source; none: synthetic.")
 _CONTEXT = flags.DEFINE_integer("context", 2_048, "Tokens a sequence.")
@@ -159,8 +160,9 @@ def show(result: dict[str, object]) -> None:
     Console(width=110).print(table)
 
 
-def run_benchmark() -> None:
+def main(argv: Sequence[str]) -> int:
     """Checks the flags, makes or opens the stores, measures and reports."""
+    command_line.parse_flags(argv, __doc__)
     for flag in (_STEPS, _REPEATS, _PREFETCH, _NUM_SOURCES, _STORE_TOKENS):
         if flag.value < 1:
             raise UserError(f"--{flag.name}: {flag.value} is not possible; expected at least 1")
@@ -180,23 +182,8 @@ def run_benchmark() -> None:
     if _JSON.value:
         files.write_json(_JSON.value, result)
     print(json.dumps(result))
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags so that a wrong one ends like every other mistake."""
-    with exit_on_user_error():
-        try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(f"{error}; see --help") from None
-
-
-def main(argv: list[str]) -> None:
-    with exit_on_user_error():
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}; see --help")
-        run_benchmark()
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    command_line.run(main)

@@ -7,7 +7,6 @@ Example:
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,9 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from danube_jax import command_line
+from danube_jax import command_line, files
 from danube_jax.config import RunConfig, parse_config
 from danube_jax.errors import UserError
-from danube_jax.files import write_atomic
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/; override values with --config.key=value."
@@ -129,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
     show(plan, Console(highlight=False, soft_wrap=True))
     if _JSON.value:
         content = dataclasses.asdict(plan) | {"days": plan.days}
-        write_atomic(Path(_JSON.value), json.dumps(content, indent=2) + "\n")
+        files.write_json(_JSON.value, content)
     return 0
 
 

@@ -8,13 +8,14 @@ may be compressed with gzip.
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from danube_jax import command_line
 from danube_jax.data import tokenizer
-from danube_jax.errors import UserError, exit_on_user_error
+from danube_jax.errors import UserError
 
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Number of token ids.")
 _OUTPUT = flags.DEFINE_string("output", None, "The .model file to write.")
@@ -50,12 +51,11 @@ def parse_line(line: str, field: str, where: str) -> str:
     return text
 
 
-def train(arguments: list[str]) -> None:
-    """Checks the command line, trains, and says what was written."""
+def main(argv: Sequence[str]) -> int:
+    """Checks the command line, trains, and says what was written; returns the exit status."""
+    arguments = command_line.parse_flags(argv, __doc__, required=("output",), positional=True)
     if not arguments:
         raise UserError("no input files; see --help for an example")
-    if not _OUTPUT.value:
-        raise UserError("--output: expected the name of the .model file to write")
     paths = [Path(name) for name in arguments]
     for path in paths:
         if not path.is_file():
@@ -63,21 +63,8 @@ def train(arguments: list[str]) -> None:
     documents = read_documents(paths, _FIELD.value)
     trained = tokenizer.train_bpe(documents, _OUTPUT.value, _VOCAB_SIZE.value)
     print(f"{trained.path}: {trained.vocab_size:,} ids, fingerprint {trained.fingerprint[:12]}")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags so that a wrong one ends like every other mistake."""
-    with exit_on_user_error():
-        try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(f"{error}; see --help") from None
-
-
-def main(argv: list[str]) -> None:
-    with exit_on_user_error():
-        train(argv[1:])
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    command_line.run(main)

@@ -21,8 +21,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from danube_jax import files
 from danube_jax.config import RunConfig
-from danube_jax.data import files, permutation
+from danube_jax.data import permutation
 from danube_jax.errors import UserError
 
 MAX_PERIOD = 65_536

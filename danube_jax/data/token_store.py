@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from danube_jax.data import files
+from danube_jax import files
+from danube_jax.console import progress
 from danube_jax.errors import UserError
 
 FORMAT = "danube_jax.token_store"
@@ -129,7 +130,7 @@ class TokenStore:
         expected |= {shard["offsets_file"]: shard["offsets_sha256"] for shard in self._shards}
         threads = min(8, os.cpu_count() or 1)
         with (
-            files.progress(f"verify {self.path.name}", self.size_on_disk, "MB") as advance,
+            progress(f"verify {self.path.name}", self.size_on_disk, "MB") as advance,
             concurrent.futures.ThreadPoolExecutor(threads) as pool,
         ):
             paths = [self.path / name for name in expected]

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from danube_jax.data import files
+from danube_jax import files
 from danube_jax.data.token_store import (
     FORMAT,
     FORMAT_VERSION,

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from danube_jax import files
 from danube_jax.config import TokenizerConfig
-from danube_jax.data import files
 from danube_jax.errors import UserError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space

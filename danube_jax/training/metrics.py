@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+from danube_jax import files
 from danube_jax.errors import UserError
-from danube_jax.files import write_atomic
 
 # Dense bfloat16 matmul peak in FLOP/s, NVIDIA data sheets; the first name that stands in the
 # device's own counts.
@@ -130,15 +130,11 @@ class MetricsWriter:
             raise UserError(f"{self._path}: cannot be written: {error}") from error
 
     def write_samples(self, step: int, texts: Sequence[str]) -> None:
-        """Writes generated texts to samples/ and to TensorBoard.
-
-        Raises:
-          UserError: the disk is full or the folder is gone.
-        """
+        """Writes generated texts to samples/ and to TensorBoard."""
         folder = self._path.parent / "samples"
-        folder.mkdir(exist_ok=True)
-        write_atomic(folder / f"step-{step:08d}.txt", "\n\n---\n\n".join(texts) + "\n")
-        self._board.add_text("samples", "\n\n---\n\n".join(texts), step)
+        text = "\n\n---\n\n".join(texts)
+        files.write_bytes(folder / f"step-{step:08d}.txt", (text + "\n").encode())
+        self._board.add_text("samples", text, step)
 
     def close(self) -> None:
         """Flushes both."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import progress
 from rich.markup import escape
-from rich.progress import TextColumn
 from rich.table import Table
 
 from danube_jax.config import RunConfig
-from danube_jax.console import console, info, progress
+from danube_jax.console import console, info
 from danube_jax.data.phases import Phase, PhaseSchedule
 from danube_jax.models.decoder import param_count
 from danube_jax.training.run_data import RunData
@@ -45,7 +45,17 @@ class TrainingDisplay:
 
     def __init__(self, schedule: PhaseSchedule, last_step: int):
         self._schedule, self._last_step = schedule, last_step
-        self._bar = progress(TextColumn("{task.fields[status]}"))
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[status]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("<"),
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task("start", total=last_step, status="")
         self._first: tuple[int, float] | None = None
         self._loss, self._speed = "", ""

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import danube_jax
+from danube_jax import files
 from danube_jax.config import RunConfig, to_dict
 from danube_jax.errors import UserError
-from danube_jax.files import write_atomic
 
 CONFIG_FILE = "config.json"
 PREPARED_DATA = "data"  # where built-in text is prepared
@@ -68,7 +68,7 @@ def claim_workdir(workdir: Path, run: RunConfig) -> None:
         reason = error.strerror or error
         raise UserError(f"--workdir={workdir}: cannot be made: {reason}") from error
     saved = {"danube_jax": danube_jax.__version__, "config": to_dict(run)}
-    write_atomic(workdir / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
+    files.write_json(workdir / CONFIG_FILE, saved)
 
 
 def read_config(workdir: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from danube_jax import files
 from danube_jax.config import BUILTIN_SOURCES, RunConfig
-from danube_jax.data import files
+from danube_jax.console import progress
 from danube_jax.data.corpus import builtin
 from danube_jax.data.corpus.builtin import Document
 from danube_jax.data.token_store import TokenStore, is_finished
@@ -199,7 +200,7 @@ def _split_documents(
     """(source, part) → documents; every paragraph of some length is in one place only."""
     seen: set[bytes] = set()
     split = {}
-    with files.progress("read built-in text", len(chosen), "sources") as advance:
+    with progress("read built-in text", len(chosen), "sources") as advance:
         for name in sorted(chosen, key=lambda name: BUILTIN_SOURCES.index(chosen[name])):
             train, heldout = split_heldout(builtin.documents(chosen[name], seen), fraction)
             split[name, "train"], split[name, "heldout"] = train, heldout
@@ -257,7 +258,7 @@ def _write_store(
     }
     total = sum(len(text.text) for text in texts)
     with (
-        files.progress(f"tokenise {path.parent.name}/{part}", total, "MB") as advance,
+        progress(f"tokenise {path.parent.name}/{part}", total, "MB") as advance,
         TokenStoreWriter(
             path,
             vocab_size=tokenizer.vocab_size,
