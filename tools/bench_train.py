@@ -184,9 +184,7 @@ def make_torch_step(config: ModelConfig, bfloat16: bool, batch: int, context: in
 
 def random_tokens(config: ModelConfig, batch: int, context: int) -> np.ndarray:
     """Uniform token ids, int32 [batch, context]."""
-    return np.random.default_rng(0).integers(
-        0, config.vocab_size, (batch, context), dtype=np.int32
-    )
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, context), dtype=np.int32)
 
 
 def measure(steps: dict[str, Step], repeats: int, steps_a_repeat: int) -> dict[str, list[float]]:

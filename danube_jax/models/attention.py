@@ -82,9 +82,7 @@ def attention(
             raise UserError("attention backend 'blocked' cannot decode from a cache; use 'xla'")
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sliding_window)
     mask = _dense_mask(q_BTNH, length, sliding_window, segment_ids_BT, query_positions_BT)
-    out_BTNH = jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="xla"
-    )
+    out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="xla")
     return checkpoint_name(out_BTNH, OUTPUT_NAME)
 
 

@@ -107,7 +107,10 @@ def _backward_rows(
     """Gradients of a few rows with respect to the scaled queries, the keys and the values."""
     dq_blocks, dk_RTH, dv_RTH = [], jnp.zeros_like(k_RTH), jnp.zeros_like(v_RTH)
     for queries, keys in _blocks(q_RGTH.shape[2], sliding_window):
-        q_RQH, dout_RQH = _merge_group(q_RGTH[:, :, queries]), _merge_group(dout_RGTH[:, :, queries])
+        q_RQH, dout_RQH = (
+            _merge_group(q_RGTH[:, :, queries]),
+            _merge_group(dout_RGTH[:, :, queries]),
+        )
         lse_R1Q = _merge_group(lse_RGT[:, :, queries])[:, None]
         delta_R1Q = _merge_group(delta_RGT[:, :, queries])[:, None]
         s_RSQ = jnp.einsum("rsh,rqh->rsq", k_RTH[:, keys], q_RQH)
@@ -135,9 +138,7 @@ def _blocks(length: int, sliding_window: int | None) -> list[tuple[slice, slice]
     ]
 
 
-def _mask_bias(
-    queries: slice, keys: slice, group: int, sliding_window: int | None
-) -> np.ndarray:
+def _mask_bias(queries: slice, keys: slice, group: int, sliding_window: int | None) -> np.ndarray:
     """0 where a query may see a key, `_MASKED` elsewhere; float32 [Q, S]."""
     query = np.tile(np.arange(queries.start, queries.stop), group)[:, None]
     key = np.arange(keys.start, min(keys.stop, queries.stop))[None]
