@@ -109,9 +109,8 @@ class SelfAttention(nn.Module):
 
         qkv_BTO = Linear((heads + 2 * kv_heads) * head_size, std, *dtypes, name="qkv_proj")(x_BTD)
         qkv_BTNH = qkv_BTO.reshape(*x_BTD.shape[:2], heads + 2 * kv_heads, head_size)
-        q_BTNH = apply_rotary(qkv_BTNH[:, :, :heads], rotary)
-        k_BTKH = apply_rotary(qkv_BTNH[:, :, heads : heads + kv_heads], rotary)
-        v_BTKH = qkv_BTNH[:, :, heads + kv_heads :]
+        q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, [heads, heads + kv_heads], axis=2)
+        q_BTNH, k_BTKH = apply_rotary(q_BTNH, rotary), apply_rotary(k_BTKH, rotary)
 
         options = {"sliding_window": config.sliding_window, "backend": config.attention_backend}
         if layer_cache is None:
@@ -134,6 +133,33 @@ def _write(layer_cache, k_BTKH, v_BTKH, positions_BT):
     )
 
 
+@jax.custom_vjp
+def swiglu(gate_up_BTF: jax.Array) -> jax.Array:
+    """silu(gate) * up of the two halves of [B, T, 2 F], computed in float32, in the given dtype.
+
+    The backward pass keeps nothing but its input; plain autodiff keeps several arrays of F.
+    """
+    gate_BTF, up_BTF = jnp.split(gate_up_BTF.astype(jnp.float32), 2, axis=-1)
+    return (gate_BTF * jax.nn.sigmoid(gate_BTF) * up_BTF).astype(gate_up_BTF.dtype)
+
+
+def _swiglu_forward(gate_up_BTF):
+    return swiglu(gate_up_BTF), gate_up_BTF
+
+
+def _swiglu_backward(gate_up_BTF, dy_BTF):
+    gate_BTF, up_BTF = jnp.split(gate_up_BTF.astype(jnp.float32), 2, axis=-1)
+    dy_BTF = dy_BTF.astype(jnp.float32)
+    sigmoid_BTF = jax.nn.sigmoid(gate_BTF)
+    silu_BTF = gate_BTF * sigmoid_BTF
+    dgate_BTF = dy_BTF * up_BTF * (sigmoid_BTF + silu_BTF * (1.0 - sigmoid_BTF))
+    dgate_up_BTF = jnp.concatenate([dgate_BTF, dy_BTF * silu_BTF], axis=-1)
+    return (dgate_up_BTF.astype(gate_up_BTF.dtype),)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate) * up)."""
 
@@ -146,9 +172,7 @@ class MLP(nn.Module):
         config, dtypes = self.config, (self.dtype, self.linear_dtype)
         features, std = config.intermediate_size, config.initializer_range
         gate_up_BTF = Linear(2 * features, std, *dtypes, name="gate_up_proj")(x_BTD)
-        gate_BTF, up_BTF = jnp.split(gate_up_BTF, 2, axis=-1)
-        hidden_BTF = nn.silu(gate_BTF) * up_BTF
-        return Linear(config.hidden_size, std, *dtypes, name="down_proj")(hidden_BTF)
+        return Linear(config.hidden_size, std, *dtypes, name="down_proj")(swiglu(gate_up_BTF))
 
 
 class Block(nn.Module):

@@ -1,0 +1,231 @@
+"""The decoder against transformers, against itself with a cache, and against known sizes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_mapping import params_from_hf
+
+from danube_jax.config import ModelConfig
+from danube_jax.models import decoder as decoder_lib
+from danube_jax.models.decoder import Decoder
+
+SMALL = ModelConfig(
+    vocab_size=67,
+    hidden_size=32,
+    intermediate_size=44,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,  # larger than in training, so that attention is far from uniform
+)
+DANUBE = ModelConfig(sliding_window=4_096)
+DANUBE3_500M = ModelConfig(
+    hidden_size=1_536, intermediate_size=4_096, num_hidden_layers=16, num_attention_heads=16
+)
+DANUBE3_4B = ModelConfig(hidden_size=3_840, intermediate_size=10_240)
+
+
+def small(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+def random_tokens(config, batch=2, length=19):
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length))
+
+
+def transformers_model(config):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    dropped = ("model_type", "attention_backend", "remat", "sliding_window", "head_dim")
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in dropped}
+    fields |= {"head_dim": config.head_size, "attn_implementation": "eager"}
+    torch.manual_seed(0)
+    if config.model_type == "mistral":
+        hf_config = transformers.MistralConfig(**fields, sliding_window=config.sliding_window)
+        model = transformers.MistralForCausalLM(hf_config)
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    with torch.no_grad():  # fresh models have norm scales of one, which would hide a lost scale
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return torch, model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        small(),
+        small(sliding_window=5),
+        small(num_key_value_heads=4, tie_word_embeddings=True),
+        small(num_key_value_heads=4, sliding_window=5, attention_backend="xla"),
+        small(tie_word_embeddings=True, sliding_window=5),
+        small(model_type="llama", head_dim=12, rope_theta=100_000.0),
+    ],
+    ids=["gqa", "window", "mha-tied", "mha-window", "tied-window", "llama-head_dim-theta"],
+)
+def test_logits_and_gradients_equal_those_of_transformers(config):
+    torch, model = transformers_model(config)
+    tokens = random_tokens(config)
+    torch_logits = model(torch.from_numpy(tokens)).logits
+    state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    params = params_from_hf(state, config)
+    weights = np.random.default_rng(1).normal(size=torch_logits.shape).astype(np.float32)
+
+    @jax.jit
+    def logits_and_gradients(params):
+        decoder = Decoder(config)
+        logits, pullback = jax.vjp(lambda p: decoder.apply({"params": p}, tokens), params)
+        return logits, pullback(jnp.asarray(weights))[0]
+
+    logits, gradients = logits_and_gradients(params)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, torch_logits.detach().numpy(), atol=1e-4)
+
+    (torch_logits * torch.from_numpy(weights)).sum().backward()
+    torch_gradients = {name: value.grad.numpy() for name, value in model.named_parameters()}
+    expected = params_from_hf(torch_gradients, config)
+    assert jax.tree.structure(gradients) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        # float32 rounding, relative to the largest entry of the tensor
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (DANUBE, 1_831_201_280),  # published: 3.66 GB in bfloat16
+        (DANUBE3_500M, 513_590_784),
+        (DANUBE3_4B, 3_961_839_360),  # published: 3.96 B
+        (dataclasses.replace(DANUBE, tie_word_embeddings=True), 1_831_201_280 - 32_000 * 2_560),
+    ],
+)
+def test_parameter_count(config, count):
+    assert decoder_lib.param_count(config) == count
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameter_tree(tied):
+    config = small(num_hidden_layers=1, tie_word_embeddings=tied, head_dim=12)
+    params = decoder_lib.init_params(config, jax.random.key(0))
+    shapes = {
+        "/".join(str(key.key) for key in path): (leaf.shape, leaf.dtype)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    expected = {
+        "embed_tokens/embedding": (67, 32),
+        "layers_0/input_layernorm/scale": (32,),
+        "layers_0/self_attn/qkv_proj/kernel": (32, 8 * 12),
+        "layers_0/self_attn/o_proj/kernel": (48, 32),
+        "layers_0/post_attention_layernorm/scale": (32,),
+        "layers_0/mlp/gate_up_proj/kernel": (32, 88),
+        "layers_0/mlp/down_proj/kernel": (44, 32),
+        "norm/scale": (32,),
+    }
+    if not tied:
+        expected["lm_head/kernel"] = (32, 67)
+    assert shapes == {name: (shape, jnp.float32) for name, shape in expected.items()}
+    kernel = params["layers_0"]["self_attn"]["qkv_proj"]["kernel"]
+    # 3,072 draws: their standard deviation is within 10 % of the true one (8 sigma).
+    np.testing.assert_allclose(np.std(kernel), config.initializer_range, rtol=0.1)
+    assert decoder_lib.head_kernel(params).shape == (32, 67)
+
+
+@pytest.mark.parametrize(
+    ("context", "gflops"), [(2_048, 11.25), (4_096, 12.00), (8_192, 12.76), (16_384, 13.14)]
+)
+def test_flops_per_token_of_danube(context, gflops):
+    assert decoder_lib.flops_per_token(DANUBE, context) / 1e9 == pytest.approx(gflops, abs=0.005)
+
+
+def test_flops_of_causal_attention_are_half():
+    full = dataclasses.replace(DANUBE, sliding_window=None)
+    matmuls = 6 * (decoder_lib.param_count(full) - 32_000 * 2_560 - 49 * 2_560)
+    causal, dense = (decoder_lib.flops_per_token(full, 2_048, causal=c) for c in (True, False))
+    assert dense - matmuls == 2 * (causal - matmuls) == 12 * 24 * 2_560 * 2_048
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
+@pytest.mark.parametrize("backend", ["blocked", "xla"])
+def test_remat_changes_nothing_but_what_is_saved(remat, backend):
+    tokens = random_tokens(SMALL)
+    params = decoder_lib.init_params(SMALL, jax.random.key(0))
+
+    def loss_and_gradients(remat):
+        decoder = Decoder(small(remat=remat, attention_backend=backend))
+
+        def loss(params):
+            return jnp.sum(jax.nn.logsumexp(decoder.apply({"params": params}, tokens), axis=-1))
+
+        return loss, jax.jit(jax.value_and_grad(loss))(params)
+
+    plain, (value, gradients) = loss_and_gradients("none")
+    rematted, (remat_value, remat_gradients) = loss_and_gradients(remat)
+    np.testing.assert_allclose(remat_value, value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(remat_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+    def count_exp(loss):
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count(" exp ")
+
+    # The softmax runs again, except where attention is saved and can be used from what is saved.
+    runs_again = remat != "attention" or backend == "xla"
+    assert (count_exp(rematted) > count_exp(plain)) == runs_again
+
+
+def test_parameters_may_come_in_bfloat16():
+    tokens = random_tokens(SMALL)
+    params = decoder_lib.init_params(SMALL, jax.random.key(0))
+    decoder = Decoder(SMALL, jnp.bfloat16)
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    out = decoder.apply({"params": params}, tokens)
+    out_cast = decoder.apply({"params": cast}, tokens)
+    assert out_cast.dtype == jnp.float32
+    np.testing.assert_array_equal(out, out_cast)  # scales are one, exact in bfloat16
+    h = decoder.apply({"params": cast}, tokens, method="hidden_states")
+    assert h.dtype == jnp.bfloat16
+
+
+def test_segments_and_positions_make_packed_documents_independent():
+    params = decoder_lib.init_params(SMALL, jax.random.key(0))
+    decoder = Decoder(SMALL)
+    first, second = random_tokens(SMALL, 1, 7), random_tokens(SMALL, 1, 12)
+    packed = decoder.apply(
+        {"params": params},
+        np.concatenate([first, second], axis=1),
+        np.concatenate([np.arange(7), np.arange(12)])[None],
+        np.repeat([1, 2], [7, 12])[None],
+    )
+    alone = [decoder.apply({"params": params}, tokens) for tokens in (first, second)]
+    np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_cached_decoding_equals_the_full_forward_pass(window):
+    config = small(sliding_window=window)
+    decoder = Decoder(config)
+    variables = {"params": decoder_lib.init_params(config, jax.random.key(0))}
+    lengths, steps = np.array([9, 3]), 5  # ragged prompts, padded on the right
+    tokens = random_tokens(config, 2, lengths.max() + steps)
+    full = decoder.apply(variables, tokens)
+
+    @jax.jit
+    def decode(tokens, positions, cache):
+        return decoder.apply(variables, tokens, positions, cache, method="decode")
+
+    prompts = tokens[:, : lengths.max()].copy()
+    prompts[1, lengths[1] :] = 66  # padding, which must stay invisible
+    cache = decoder_lib.init_cache(config, 2, lengths.max() + steps, jnp.float32)
+    positions = np.tile(np.arange(lengths.max()), (2, 1))
+    logits, cache = decode(prompts, positions, cache)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-5)
+    rows = np.arange(2)
+    for step in range(steps):
+        positions = (lengths + step)[:, None]
+        logits, cache = decode(tokens[rows, positions[:, 0]][:, None], positions, cache)
+        np.testing.assert_allclose(logits[:, 0], full[rows, positions[:, 0]], atol=1e-5)
