@@ -5,7 +5,7 @@ neither data sets nor mix: point `data.sources` at your own TokenStores, and the
 copy of Llama 2's `tokenizer.model`.
 """
 
-from danube_jax.config import base_config
+from danube_jax.config import base_config, phase, source
 
 BATCH_TOKENS = 576 * 2_048  # the report's ~1.18M tokens
 PHASES = ((593_398, 2_048), (84_771, 4_096), (84_771, 8_192), (84_771, 16_384))  # 700B, 3 x 100B
@@ -30,19 +30,19 @@ def get_config():
 
     config.data.tokenizer.path = "data/danube/tokenizer.model"
     config.data.sources = {
-        "web": {"path": "data/danube/web/train", "heldout_path": "data/danube/web/heldout"},
+        "web": source(path="data/danube/web/train", heldout_path="data/danube/web/heldout"),
     }
 
     mixture = {"web": 1.0}
     config.training.batch_tokens = BATCH_TOKENS
     config.training.microbatch_tokens = 16_384
     config.phases = tuple(
-        {
-            "name": f"{context // 1024}k",
-            "tokens": steps * BATCH_TOKENS,
-            "context_length": context,
-            "mixture": mixture,
-        }
+        phase(
+            name=f"{context // 1024}k",
+            tokens=steps * BATCH_TOKENS,
+            context_length=context,
+            mixture=mixture,
+        )
         for steps, context in PHASES
     )
 

@@ -11,7 +11,7 @@ Point `data.sources` at your own TokenStores. The tokenizer comes with the extra
 clear `data.tokenizer.builtin`).
 """
 
-from danube_jax.config import base_config, whole_steps
+from danube_jax.config import base_config, phase, source, whole_steps
 
 BILLION = 10**9
 BATCH_TOKENS = 144 * 8_192  # 1,179,648, as Danube
@@ -42,19 +42,19 @@ def get_config():
 
     config.data.tokenizer.builtin = "mistral"
     config.data.sources = {
-        name: {"path": f"data/danube2/{name}/train", "heldout_path": f"data/danube2/{name}/heldout"}
+        name: source(path=f"data/danube2/{name}/train", heldout_path=f"data/danube2/{name}/heldout")
         for name in ("web", "instruct", "curated")
     }
 
     config.training.batch_tokens = BATCH_TOKENS
     config.training.microbatch_tokens = 16_384
     config.phases = tuple(
-        {
-            "name": name,
-            "tokens": whole_steps(billions * BILLION, BATCH_TOKENS),
-            "context_length": 8_192,
-            "mixture": mixture,
-        }
+        phase(
+            name=name,
+            tokens=whole_steps(billions * BILLION, BATCH_TOKENS),
+            context_length=8_192,
+            mixture=mixture,
+        )
         for name, billions, mixture in STAGES
     )
 

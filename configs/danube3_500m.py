@@ -4,7 +4,7 @@ Source: H2O-Danube3 Technical Report (arXiv 2407.09276), Table 1 and section 3. 
 stages is published for the 4B model, and used here; what is chosen there is chosen here too.
 """
 
-from danube_jax.config import base_config, whole_steps
+from danube_jax.config import base_config, phase, source, whole_steps
 
 BILLION = 10**9
 BATCH_TOKENS = 144 * 8_192
@@ -37,19 +37,19 @@ def get_config():
 
     config.data.tokenizer.builtin = "mistral"
     config.data.sources = {
-        name: {"path": f"data/danube3/{name}/train", "heldout_path": f"data/danube3/{name}/heldout"}
+        name: source(path=f"data/danube3/{name}/train", heldout_path=f"data/danube3/{name}/heldout")
         for name in ("web", "instruct", "curated")
     }
 
     config.training.batch_tokens = BATCH_TOKENS
     config.training.microbatch_tokens = 16_384
     config.phases = tuple(
-        {
-            "name": f"stage{number}",
-            "tokens": whole_steps(billions * BILLION, BATCH_TOKENS),
-            "context_length": 8_192,
-            "mixture": mixture,
-        }
+        phase(
+            name=f"stage{number}",
+            tokens=whole_steps(billions * BILLION, BATCH_TOKENS),
+            context_length=8_192,
+            mixture=mixture,
+        )
         for number, (billions, mixture) in enumerate(zip(STAGE_BILLIONS, SHARES, strict=True), 1)
     )
 

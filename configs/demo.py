@@ -5,7 +5,7 @@ the many docstrings to the few good pages, as Danube and Danube2 do at scale. It
 SentencePiece tokenizer and takes a few minutes on two CPU cores.
 """
 
-from danube_jax.config import base_config, whole_steps
+from danube_jax.config import base_config, phase, source, whole_steps
 
 BATCH_TOKENS = 4_096
 
@@ -30,31 +30,31 @@ def get_config():
 
     config.data.tokenizer.train_vocab_size = 2_048
     config.data.sources = {
-        "docstrings": {"builtin": "docstrings"},
-        "packages": {"builtin": "package_descriptions", "max_epochs": 8.0},
-        "reference": {"builtin": "language_reference", "max_epochs": 8.0},
+        "docstrings": source(builtin="docstrings"),
+        "packages": source(builtin="package_descriptions", max_epochs=8.0),
+        "reference": source(builtin="language_reference", max_epochs=8.0),
     }
 
     config.training.batch_tokens = BATCH_TOKENS
     config.phases = (
-        {
-            "name": "short",
-            "tokens": whole_steps(900_000, BATCH_TOKENS),
-            "context_length": 128,
-            "mixture": {"docstrings": 0.80, "packages": 0.15, "reference": 0.05},
-        },
-        {
-            "name": "medium",
-            "tokens": whole_steps(600_000, BATCH_TOKENS),
-            "context_length": 256,
-            "mixture": {"docstrings": 0.60, "packages": 0.20, "reference": 0.20},
-        },
-        {
-            "name": "long",
-            "tokens": whole_steps(300_000, BATCH_TOKENS),
-            "context_length": 512,
-            "mixture": {"docstrings": 0.40, "packages": 0.15, "reference": 0.45},
-        },
+        phase(
+            name="short",
+            tokens=whole_steps(900_000, BATCH_TOKENS),
+            context_length=128,
+            mixture={"docstrings": 0.80, "packages": 0.15, "reference": 0.05},
+        ),
+        phase(
+            name="medium",
+            tokens=whole_steps(600_000, BATCH_TOKENS),
+            context_length=256,
+            mixture={"docstrings": 0.60, "packages": 0.20, "reference": 0.20},
+        ),
+        phase(
+            name="long",
+            tokens=whole_steps(300_000, BATCH_TOKENS),
+            context_length=512,
+            mixture={"docstrings": 0.40, "packages": 0.15, "reference": 0.45},
+        ),
     )
 
     optimizer = config.optimizer

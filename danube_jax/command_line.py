@@ -2,10 +2,14 @@
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import flags, logging
 
+from danube_jax.config import RunConfig, parse_config
+from danube_jax.console import warn
 from danube_jax.errors import UserError, exit_on_user_error
 
 
@@ -71,8 +75,33 @@ def _one_line(error: Exception) -> str:
     return text or type(error).__name__
 
 
+def read_config(holder: flags.FlagHolder) -> RunConfig:
+    """The validated config of a `--config` flag.
+
+    Raises:
+      UserError: the file is missing or broken, or what it says is not possible.
+    """
+    config = holder.value
+    if not isinstance(config, ml_collections.ConfigDict):
+        try:  # ml_collections keeps a file's error until the config is used
+            config = config.to_dict()
+        except Exception as error:  # whatever the file raised
+            raise UserError(_one_line(error)) from error
+    return parse_config(config)
+
+
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Runs an entry point and exits with its status."""
-    logging.set_verbosity(logging.ERROR)
+    """Runs an entry point and exits with its status.
+
+    Libraries' own logs of errors are silenced: those errors also reach the entry point, as
+    exceptions, and the user reads them once.
+    """
+    logging.set_verbosity(logging.FATAL)
+    threading.excepthook = _on_thread_error
     with exit_on_user_error():
         raise SystemExit(main(sys.argv))
+
+
+def _on_thread_error(arguments: threading.ExceptHookArgs) -> None:
+    name = arguments.thread.name if arguments.thread else "unknown"
+    warn(f"background thread {name}: {' '.join(str(arguments.exc_value).split())[:300]}")

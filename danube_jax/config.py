@@ -187,6 +187,23 @@ def base_config() -> ml_collections.ConfigDict:
     return _to_config_dict(RunConfig())
 
 
+def source(**values: Any) -> ml_collections.ConfigDict:
+    """A row of `data.sources`, with every default, so that each of its keys can be overridden."""
+    return _row(SourceConfig(), values)
+
+
+def phase(**values: Any) -> ml_collections.ConfigDict:
+    """A row of `phases`, with every default, so that each of its keys can be overridden."""
+    return _row(PhaseConfig(), values)
+
+
+def _row(default: Any, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    row = _to_config_dict(default)
+    for key, value in values.items():
+        row[key] = ml_collections.ConfigDict(value) if isinstance(value, Mapping) else value
+    return row
+
+
 def _to_config_dict(node: Any) -> ml_collections.ConfigDict:
     hints = typing.get_type_hints(type(node))
     out = ml_collections.ConfigDict()
@@ -408,10 +425,10 @@ def _validate_data(data: DataConfig) -> None:
 
 def _validate_phases(run: RunConfig) -> None:
     _require(bool(run.phases), "config.phases", (), "at least one phase")
-    longest = max(phase.context_length for phase in run.phases)
-    for i, phase in enumerate(run.phases):
-        _validate_phase(run, phase, f"config.phases[{i}]", longest)
-    names = [phase.name for phase in run.phases]
+    longest = max(row.context_length for row in run.phases)
+    for i, row in enumerate(run.phases):
+        _validate_phase(run, row, f"config.phases[{i}]", longest)
+    names = [row.name for row in run.phases]
     _require(len(set(names)) == len(names), "config.phases", names, "a different name a phase")
 
 

@@ -15,7 +15,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from danube_jax import command_line
-from danube_jax.config import parse_config
 from danube_jax.errors import EXIT_INTERRUPTED
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -32,7 +31,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
 def main(argv: Sequence[str]) -> int:
     """Parses flags, trains, and returns the exit status."""
     command_line.parse_flags(argv, __doc__, required=("config",))
-    run = parse_config(_CONFIG.value)
+    run = command_line.read_config(_CONFIG)
     workdir = Path(_WORKDIR.value or Path("runs") / run.name)
 
     from danube_jax.training.mesh import initialize_distributed

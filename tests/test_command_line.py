@@ -151,11 +151,11 @@ def test_workdir_of_another_run_or_on_other_data(corpus, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 500 kB."""
+    """A file system of 3 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(folder)],
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)],
         capture_output=True,
         check=False,
     )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from danube_jax import command_line, files
-from danube_jax.config import RunConfig, parse_config
+from danube_jax.config import RunConfig
 from danube_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -111,7 +111,7 @@ def show(plan, console: Console) -> None:
 def main(argv: Sequence[str]) -> int:
     """Parses flags, plans, prints; returns the exit status."""
     command_line.parse_flags(argv, __doc__, required=("config",))
-    run = parse_config(_CONFIG.value)
+    run = command_line.read_config(_CONFIG)
     if _RATE.value is not None and _RATE.value <= 0:
         raise UserError(f"--tokens_per_second={_RATE.value}: expected a positive number")
 

@@ -57,6 +57,7 @@ class Checkpointer:
           UserError: the folder cannot be written.
         """
         self._directory = Path(directory).absolute()
+        self._writing = 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every_steps or None,
@@ -80,6 +81,8 @@ class Checkpointer:
         Raises:
           UserError: it or the one before cannot be written (a full disk, say).
         """
+        self.wait()
+        self._writing = step
         with _write_errors(self._directory, step):
             self._manager.save(
                 step,
@@ -96,7 +99,7 @@ class Checkpointer:
         Raises:
           UserError: it cannot be written.
         """
-        with _write_errors(self._directory, None):
+        with _write_errors(self._directory, self._writing):
             self._manager.wait_until_finished()
 
     def read_meta(self, step: int) -> dict[str, Any]:
@@ -165,14 +168,14 @@ class Checkpointer:
         Raises:
           UserError: it cannot be written.
         """
-        with _write_errors(self._directory, None):
+        with _write_errors(self._directory, self._writing):
             self._manager.close()
 
 
 class _write_errors:
     """Turns whatever a failed write raises into one line that names the cause."""
 
-    def __init__(self, directory: Path, step: int | None):
+    def __init__(self, directory: Path, step: int):
         self._directory, self._step = directory, step
 
     def __enter__(self) -> None:
@@ -182,10 +185,10 @@ class _write_errors:
         if error is None or not isinstance(error, Exception) or isinstance(error, UserError):
             return
         text = " ".join(str(error).split())
-        cause = re.search(r"No space left on device|Disk quota exceeded|Permission denied", text)
-        step = "a checkpoint" if self._step is None else f"checkpoint {self._step}"
+        known = re.search(r"No space left on device|Disk quota exceeded|Permission denied", text)
+        cause = known[0] if known else text[:300]
         raise UserError(
-            f"{self._directory}: {step} could not be written: {cause[0] if cause else text[:300]}; "
+            f"{self._directory}: checkpoint {self._step} could not be written: {cause}; "
             "make room or mend the folder and run the same command again: "
             "it continues from the last complete checkpoint"
         ) from error
