@@ -1,4 +1,4 @@
-"""Fixtures: eight virtual CPU devices, a small tokenised corpus, and runs through the command."""
+"""Fixtures: eight virtual CPU devices, and a small tokenised corpus."""
 
 import os
 
@@ -11,13 +11,8 @@ os.environ["XLA_FLAGS"] = (
 import atexit
 import dataclasses
 import itertools
-import json
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -26,8 +21,6 @@ import pytest
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="danube_jax_cache_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-
-ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = """
 from danube_jax.config import base_config, phase, source
@@ -105,36 +98,3 @@ def corpus(tmp_path_factory) -> Corpus:
     config = path / "tiny.py"
     config.write_text(CONFIG.format(corpus=path))
     return Corpus(path, config)
-
-
-def command(
-    *arguments: str,
-    module: str = "danube_jax.train",
-    devices: int = 1,
-    environment: Mapping[str, str] | None = None,
-    start: bool = False,
-):
-    """Runs (or starts) ``python -m MODULE``, or a script where `module` ends in .py."""
-    program = [module] if module.endswith(".py") else ["-m", module]
-    env = os.environ | {"PYTHONPATH": str(ROOT), **(environment or {})}
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", env["XLA_FLAGS"])
-    env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
-    popen = subprocess.Popen(
-        [sys.executable, *program, *arguments],
-        cwd=ROOT,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if start:
-        return popen
-    out, err = popen.communicate(timeout=400)
-    return subprocess.CompletedProcess(popen.args, popen.returncode, out, err)
-
-
-def read_rows(workdir: Path, kind: str) -> list[dict]:
-    """The rows of one kind in a run's metrics.jsonl."""
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row["kind"] == kind]

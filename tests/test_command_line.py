@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import command
+from helpers import command
 
 
 def flip_byte(path):

@@ -20,6 +20,8 @@ from danube_jax import command_line, files
 from danube_jax.config import RunConfig
 from danube_jax.errors import UserError
 
+PLAIN_WIDTH = 160  # columns where the output is no terminal
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/; override values with --config.key=value."
 )
@@ -124,7 +126,8 @@ def main(argv: Sequence[str]) -> int:
         available=available_tokens(run),
         tokens_per_second=_RATE.value,
     )
-    show(plan, Console(highlight=False, soft_wrap=True))
+    console = Console(highlight=False, soft_wrap=True)
+    show(plan, console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH))
     if _JSON.value:
         content = dataclasses.asdict(plan) | {"days": plan.days}
         files.write_json(_JSON.value, content)

@@ -21,6 +21,8 @@ from danube_jax.training.optimizer import learning_rate_schedule
 # 2,048, causal attention at half (arXiv 2401.16818, section 4).
 REPORT_FLOPS_PER_GPU = 412e12
 
+TRACED_CONTEXT = 128  # tokens of the sequences that activations are extrapolated from
+
 USABLE_MEMORY = 0.93  # of a device's memory; the rest goes to CUDA, cuDNN and fragmentation
 
 
@@ -166,43 +168,46 @@ def memory_by_part(run: RunConfig, schedule: PhaseSchedule, devices: int) -> dic
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(run.model)))
     shards = devices if run.training.zero1 else 1
     compute_bytes = jnp.dtype(DTYPES[run.precision.compute]).itemsize
-    activations = max(
-        activation_bytes(run, context, _rows_per_device(run, batch, context, devices))
-        for context, batch in {(phase.context, phase.batch_tokens) for phase in schedule.phases}
+    tokens = max(
+        run.training.microbatch_tokens or phase.batch_tokens // devices for phase in schedule.phases
     )
+    chunk = min(run.training.loss_chunk_tokens or tokens, tokens)
     return {
         "master parameters (float32)": 4 * count // shards,
         "AdamW moments (float32)": 8 * count // shards,
         f"weights ({run.precision.compute})": compute_bytes * count,
         "gradients (float32)": 4 * count,
-        "activations": activations,
+        "activations": activation_bytes(run, tokens),
+        "logits of a loss chunk": chunk * run.model.vocab_size * (2 * compute_bytes + 4),
     }
 
 
-def _rows_per_device(run: RunConfig, batch_tokens: int, context: int, devices: int) -> int:
-    tokens = run.training.microbatch_tokens or batch_tokens // devices
-    return max(1, tokens // context)
+def activation_bytes(run: RunConfig, tokens: int) -> int:
+    """Bytes that a forward pass over `tokens` tokens saves for its backward pass.
 
-
-def activation_bytes(run: RunConfig, context: int, rows: int) -> int:
-    """Bytes that a forward pass over `rows` sequences saves for its backward pass.
-
-    The residuals of `jax.vjp` are traced for one and for two rows; what grows with the rows is
-    activations, the rest are weights.
+    The residuals of `jax.vjp` are traced for models of one and of two layers and for one and two
+    short sequences; what grows with layers and with sequences is extrapolated. It assumes an
+    attention that saves no scores (cuDNN's and the blocked one do not).
     """
+    one, two = (_saved_bytes_per_token(run, layers) for layers in (1, 2))
+    return round((one + (run.model.num_hidden_layers - 1) * (two - one)) * tokens)
+
+
+def _saved_bytes_per_token(run: RunConfig, layers: int) -> float:
     dtype = DTYPES[run.precision.compute]
+    model = dataclasses.replace(
+        run.model, num_hidden_layers=layers, attention_backend="blocked", sliding_window=None
+    )
     objective = language_modeling(
-        Decoder(run.model, dtype=dtype),
-        z_loss=run.training.z_loss,
-        chunk_tokens=run.training.loss_chunk_tokens,
+        Decoder(model, dtype=dtype), z_loss=run.training.z_loss, chunk_tokens=0
     )
     weights = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype if len(leaf.shape) > 1 else leaf.dtype),
-        abstract_params(run.model),
+        abstract_params(model),
     )
 
     def saved(rows: int) -> int:
-        shape = (rows, context)
+        shape = (rows, TRACED_CONTEXT)
         batch = {
             "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
             "targets": jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -217,8 +222,7 @@ def activation_bytes(run: RunConfig, context: int, rows: int) -> int:
         leaves = jax.tree.leaves(jax.eval_shape(residuals, weights, batch))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    one = saved(1)
-    return one if rows == 1 else (saved(2) - one) * rows
+    return (saved(2) - saved(1)) / TRACED_CONTEXT
 
 
 def _plan_phase(

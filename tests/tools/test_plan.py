@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import command
+from helpers import command
 from test_config import load
 
 from danube_jax.config import parse_config
@@ -66,7 +66,7 @@ def test_remat_saves_activations():
     run = parse_config(load("danube3_500m"))
     sizes = {
         remat: activation_bytes(
-            dataclasses.replace(run, model=dataclasses.replace(run.model, remat=remat)), 2_048, 4
+            dataclasses.replace(run, model=dataclasses.replace(run.model, remat=remat)), 4 * 2_048
         )
         for remat in ("none", "attention", "dots", "full")
     }

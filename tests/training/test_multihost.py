@@ -3,7 +3,7 @@
 import socket
 
 import numpy as np
-from conftest import command, read_rows
+from helpers import command, read_rows
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import command, read_rows
+from helpers import command, read_rows
 
 from danube_jax.errors import EXIT_INTERRUPTED
 
