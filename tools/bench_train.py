@@ -91,7 +91,7 @@ _BACKEND = flags.DEFINE_string(
     "attention_backend", "auto", f"One of {', '.join(ATTENTION_BACKENDS)}."
 )
 _CHUNK = flags.DEFINE_integer(
-    "loss_chunk_tokens", 8_192, "Tokens whose logits are held at once; 0 for all.", lower_bound=0
+    "loss_chunk_tokens", 8_192, "Tokens whose logits are held at once; 0 for all."
 )
 _PEER = flags.DEFINE_string("peer", "auto", "auto (PyTorch where it is installed) or none.")
 _JSON = flags.DEFINE_string("json", None, "Also writes the JSON object to this file.")
