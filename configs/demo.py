@@ -7,7 +7,7 @@ SentencePiece tokenizer and takes a few minutes on two CPU cores.
 
 from danube_jax.config import base_config, phase, source, whole_steps
 
-BATCH_TOKENS = 4_096
+BATCH_TOKENS = 2_048
 
 
 def get_config():
@@ -17,10 +17,10 @@ def get_config():
 
     model = config.model
     model.vocab_size = 2_048
-    model.hidden_size = 192
-    model.intermediate_size = 512
+    model.hidden_size = 128
+    model.intermediate_size = 384
     model.num_hidden_layers = 4
-    model.num_attention_heads = 6
+    model.num_attention_heads = 4
     model.num_key_value_heads = 2
     model.max_position_embeddings = 512
     model.tie_word_embeddings = True
@@ -39,32 +39,32 @@ def get_config():
     config.phases = (
         phase(
             name="short",
-            tokens=whole_steps(900_000, BATCH_TOKENS),
+            tokens=whole_steps(800_000, BATCH_TOKENS),
             context_length=128,
             mixture={"docstrings": 0.80, "packages": 0.15, "reference": 0.05},
         ),
         phase(
             name="medium",
-            tokens=whole_steps(600_000, BATCH_TOKENS),
+            tokens=whole_steps(450_000, BATCH_TOKENS),
             context_length=256,
             mixture={"docstrings": 0.60, "packages": 0.20, "reference": 0.20},
         ),
         phase(
             name="long",
-            tokens=whole_steps(300_000, BATCH_TOKENS),
+            tokens=whole_steps(200_000, BATCH_TOKENS),
             context_length=512,
             mixture={"docstrings": 0.40, "packages": 0.15, "reference": 0.45},
         ),
     )
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 4e-3
-    optimizer.final_learning_rate = 4e-4
-    optimizer.warmup_tokens = 20 * BATCH_TOKENS
+    optimizer.learning_rate = 6e-3
+    optimizer.final_learning_rate = 3e-4
+    optimizer.warmup_tokens = 40 * BATCH_TOKENS
 
-    config.training.log_every = 5
-    config.evaluation.every_steps = 100
-    config.evaluation.tokens_per_source = 50_000
+    config.training.log_every = 10
+    config.evaluation.every_steps = 200
+    config.evaluation.tokens_per_source = 20_000
     config.checkpoint.every_steps = 100
     config.samples.prompts = ("The function returns", "If the value is", "Python is a")
     return config

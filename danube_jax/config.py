@@ -319,6 +319,12 @@ def _validate(run: RunConfig) -> None:
     _validate_model(run.model)
     _require_choice("config.precision.linear", run.precision.linear, LINEAR_PRECISIONS)
     _require_choice("config.precision.compute", run.precision.compute, COMPUTE_DTYPES)
+    _require(
+        run.precision.compute == "float32" or run.precision.linear != "float32",
+        "config.precision.linear",
+        run.precision.linear,
+        f"no wider dtype than precision.compute ({run.precision.compute})",
+    )
     _validate_training(run)
     _validate_data(run.data)
     _validate_phases(run)

@@ -90,6 +90,7 @@ def breakage(path: str, value):
         ("model.num_key_value_heads", 5, r"num_key_value_heads: 5 .*divisor .*\(32\)"),
         ("model.num_attention_heads", 48, r"num_attention_heads: 48 .*divisor of hidden_size"),
         ("model.attention_backend", "fast", r"'fast' is not possible; expected one of auto"),
+        ("precision.linear", "float32", r"no wider dtype than precision\.compute \(bfloat16\)"),
         ("precision.linear", "int4", r"config\.precision\.linear: 'int4'"),
         ("optimizer.b2", 1.0, r"config\.optimizer\.b2: 1\.0"),
         ("optimizer.final_learning_rate", 1.0, r"at most learning_rate"),

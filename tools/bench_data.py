@@ -1,7 +1,8 @@
 """Measures the loader from token stores on disk to batches in memory.
 
-python tools/bench_data.py
-python tools/bench_data.py --store=DIR --context=16384 --workers=2 --json=data.json
+Example:
+  python tools/bench_data.py
+  python tools/bench_data.py --store=DIR --context=16384 --workers=2 --json=data.json
 """
 
 import json

@@ -1,5 +1,6 @@
 """Times the full train step: forward, backward, clipping by global norm 1.0, AdamW.
 
+Example:
   python tools/bench_train.py --model=16m --batch=4 --context=512
   python tools/bench_train.py --model=danube --precision=bfloat16 --batch=8 --context=2048
 
@@ -13,49 +14,50 @@ and attention (causal at half, sliding window exactly) of forward and backward, 
 
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import importlib.util
 import json
+import runpy
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from absl import app, flags
+from absl import flags
 
-from danube_jax.config import ATTENTION_BACKENDS, REMAT_POLICIES, ModelConfig
-from danube_jax.errors import UserError, exit_on_user_error
+from danube_jax import command_line, files
+from danube_jax.config import (
+    ATTENTION_BACKENDS,
+    REMAT_POLICIES,
+    ModelConfig,
+    OptimizerConfig,
+    parse_config,
+)
+from danube_jax.errors import UserError
 from danube_jax.models import decoder as decoder_lib
-from danube_jax.training.losses import chunked_cross_entropy
+from danube_jax.training.mesh import make_mesh, put_batch
+from danube_jax.training.metrics import peak_flops
+from danube_jax.training.objectives import language_modeling
+from danube_jax.training.optimizer import make_optimizer
+from danube_jax.training.step import (
+    TrainState,
+    init_state,
+    make_train_step,
+    state_shardings,
+    state_specs,
+)
 
-MODELS = {
-    "danube": ModelConfig(max_position_embeddings=16_384, sliding_window=4_096),
-    "danube2": ModelConfig(),
-    "danube3_500m": ModelConfig(
-        model_type="llama",
-        hidden_size=1_536,
-        intermediate_size=4_096,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        rope_theta=100_000.0,
-    ),
-    "danube3_4b": ModelConfig(
-        model_type="llama",
-        hidden_size=3_840,
-        intermediate_size=10_240,
-        rope_theta=100_000.0,
-        initializer_range=0.01,
-    ),
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SMALL_MODELS = {
     "16m": ModelConfig(
-        vocab_size=4_096,
+        vocab_size=8_192,
         hidden_size=320,
         intermediate_size=864,
-        num_hidden_layers=8,
+        num_hidden_layers=9,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=2_048,
@@ -70,10 +72,11 @@ MODELS = {
         max_position_embeddings=2_048,
     ),
 }
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.5e12, "NVIDIA H200": 989.5e12}  # dense bfloat16
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 2e-4, 0.1, 1.0
 
-_MODEL = flags.DEFINE_string("model", "16m", f"One of {', '.join(MODELS)}.")
+_MODEL = flags.DEFINE_string(
+    "model", "16m", f"{', '.join(SMALL_MODELS)}, or the name of a file in configs/."
+)
 _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", None, "Overrides the model's size.")
 _INTERMEDIATE_SIZE = flags.DEFINE_integer("intermediate_size", None, "Overrides the model's size.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Overrides the model's number of layers.")
@@ -99,45 +102,46 @@ _JSON = flags.DEFINE_string("json", None, "Also writes the JSON object to this f
 Step = Callable[[], Any]
 
 
-def make_train_step(
+def make_step(
     config: ModelConfig, dtype: jnp.dtype, batch: int, context: int, chunk_tokens: int
 ) -> Step:
-    """Initialises a model on random tokens; the function returned runs one step of it.
+    """Initialises a model on random tokens; the function returned runs one step of the trainer.
 
     Each call advances the state and returns the loss as a JAX array, not waited for.
     """
-    decoder = decoder_lib.Decoder(config, dtype)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM),
-        optax.adamw(LEARNING_RATE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=WEIGHT_DECAY),
+    mesh = make_mesh()
+    if batch % mesh.size:
+        raise UserError(f"--batch={batch}: expected a multiple of the {mesh.size} devices")
+    objective = language_modeling(
+        decoder_lib.Decoder(config, dtype), z_loss=0.0, chunk_tokens=chunk_tokens
     )
-    tokens_BT = jnp.asarray(random_tokens(config, batch, context))
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=WEIGHT_DECAY))
 
-    def loss_fn(params):
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-        h_BTD = decoder.apply({"params": params}, tokens_BT, method="hidden_states")
-        weights_BT = jnp.ones((batch, context)).at[:, -1].set(0.0)
-        loss_sum, _ = chunked_cross_entropy(
-            h_BTD.reshape(batch * context, -1),
-            decoder_lib.head_kernel(params),
-            jnp.roll(tokens_BT, -1, axis=1).reshape(-1),
-            weights_BT.reshape(-1),
-            chunk_tokens=chunk_tokens,
-        )
-        return loss_sum / (batch * (context - 1))
+    def fresh_state() -> TrainState:
+        return init_state(decoder_lib.init_params(config, jax.random.key(0)), optimizer)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, optimizer_state):
-        loss, gradients = jax.value_and_grad(loss_fn)(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return optax.apply_updates(params, updates), optimizer_state, loss
-
-    params = jax.jit(functools.partial(decoder_lib.init_params, config))(jax.random.key(0))
-    state = [params, jax.jit(optimizer.init)(params)]
+    specs = state_specs(jax.eval_shape(fresh_state), mesh.size, zero1=True)
+    train_step = make_train_step(
+        objective,
+        optimizer,
+        lambda _: jnp.float32(LEARNING_RATE),
+        mesh=mesh,
+        specs=specs,
+        compute_dtype=dtype,
+        clip_norm=CLIP_NORM,
+    )
+    tokens = random_tokens(config, batch, context)[None]
+    weights = np.ones(tokens.shape, np.float32)
+    weights[..., -1] = 0.0
+    arrays = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=-1), "weights": weights}
+    device_batch = put_batch(mesh, arrays)
+    stop = np.zeros(mesh.size, np.int32)
+    state = jax.jit(fresh_state, out_shardings=state_shardings(mesh, specs))()
 
     def run_step() -> jax.Array:
-        state[0], state[1], loss = train_step(*state)
-        return loss
+        nonlocal state
+        state, metrics = train_step(state, device_batch, stop)
+        return metrics["loss"]
 
     return run_step
 
@@ -222,7 +226,6 @@ def model_config() -> ModelConfig:
     Raises:
       UserError: a flag has an impossible value.
     """
-    _require_choice("model", _MODEL.value, MODELS)
     _require_choice("precision", _PRECISION.value, ("float32", "bfloat16"))
     _require_choice("peer", _PEER.value, ("auto", "none"))
     _require_choice("remat", _REMAT.value, REMAT_POLICIES)
@@ -248,7 +251,7 @@ def model_config() -> ModelConfig:
     if _CONTEXT.value < 2:
         raise UserError(f"--context={_CONTEXT.value}: expected at least 2, to predict a token")
     config = dataclasses.replace(
-        MODELS[_MODEL.value],
+        named_model(_MODEL.value),
         **{name: value for name, value in sizes.items() if value is not None},
         remat=_REMAT.value,
         attention_backend=_BACKEND.value,
@@ -263,6 +266,17 @@ def model_config() -> ModelConfig:
     return config
 
 
+def named_model(name: str) -> ModelConfig:
+    """A small model of this tool, or the model of a file in configs/."""
+    if name in SMALL_MODELS:
+        return SMALL_MODELS[name]
+    path = CONFIGS / f"{name}.py"
+    if not path.is_file():
+        known = [*SMALL_MODELS, *sorted(path.stem for path in CONFIGS.glob("*.py"))]
+        raise UserError(f"--model={name}: expected one of {', '.join(known)}")
+    return parse_config(runpy.run_path(str(path))["get_config"]()).model
+
+
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"--{name}={value}: expected one of {', '.join(choices)}")
@@ -273,14 +287,14 @@ def benchmark(config: ModelConfig) -> dict[str, Any]:
     bfloat16 = _PRECISION.value == "bfloat16"
     dtype = jnp.bfloat16 if bfloat16 else jnp.float32
     batch, context = _BATCH.value, _CONTEXT.value
-    steps = {"danube_jax": make_train_step(config, dtype, batch, context, _CHUNK.value)}
+    steps = {"danube_jax": make_step(config, dtype, batch, context, _CHUNK.value)}
     packages = ["jax", "jaxlib", "flax", "optax"]
     if _PEER.value == "auto" and importlib.util.find_spec("torch"):
         steps["pytorch"] = make_torch_step(config, bfloat16, batch, context)
         packages += ["torch", "transformers"]
     seconds = measure(steps, _REPEATS.value, _STEPS.value)
     device = jax.devices()[0].device_kind
-    peak = PEAK_FLOPS.get(device)
+    peak = peak_flops(device)
     flops = decoder_lib.flops_per_token(config, context)
     results = {
         name: summarise(values, batch * context, flops, peak) for name, values in seconds.items()
@@ -324,21 +338,16 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"danube_jax runs at {report['speed_over_pytorch']:.2f} times PyTorch's speed")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Checks the flags, measures, reports."""
-    with exit_on_user_error():
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}; options are --name=value")
-        report = benchmark(model_config())
-        print_table(report)
-        print(json.dumps(report))
-        if _JSON.value:
-            try:
-                with open(_JSON.value, "w", encoding="utf-8") as file:
-                    json.dump(report, file, indent=2)
-            except OSError as error:
-                raise UserError(f"--json={_JSON.value}: {error.strerror}") from error
+def main(argv: Sequence[str]) -> int:
+    """Checks the flags, measures, reports; returns the exit status."""
+    command_line.parse_flags(argv, __doc__)
+    report = benchmark(model_config())
+    print_table(report)
+    print(json.dumps(report))
+    if _JSON.value:
+        files.write_json(_JSON.value, report)
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -1,6 +1,7 @@
 """Trains a SentencePiece BPE tokenizer on text files.
 
-    python tools/train_tokenizer.py --vocab_size=32000 --output=tokenizer.model books.jsonl.gz a.txt
+Example:
+  python tools/train_tokenizer.py --vocab_size=32000 --output=tokenizer.model books.jsonl.gz a.txt
 
 A `.jsonl` file holds a document a line, in the field "text"; any other file is one document. Both
 may be compressed with gzip.

@@ -9,10 +9,9 @@ queries meets all of its keys at once, found statically, so the upper triangle a
 before the sliding window are never computed. The backward pass keeps only the output and the
 log of the softmax denominator, and rebuilds the probabilities.
 
-Three choices make it fast on XLA:CPU: rows are taken a few at a time (`lax.map`), so that the
-scores of a block stay in the cache; the backward pass holds scores transposed, keys by queries,
-because a matmul whose left operand must be transposed is slow; masks are constants, since
-computing them from iotas costs as much as the softmax.
+Two choices make it fast on XLA:CPU: rows are taken a few at a time (`lax.map`), so that the scores
+of a block stay in the cache; and masks are constants, since computing them from iotas costs as
+much as the softmax.
 """
 
 import functools

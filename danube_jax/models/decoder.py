@@ -39,8 +39,30 @@ class Linear(nn.Module):
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
         shape = (x_BTI.shape[-1], self.features)
         kernel_IO = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
-        y_BTO = jnp.dot(x_BTI.astype(self.linear_dtype), kernel_IO.astype(self.linear_dtype))
+        y_BTO = linear(x_BTI.astype(self.linear_dtype), kernel_IO.astype(self.linear_dtype))
         return y_BTO.astype(self.dtype)
+
+
+@jax.custom_vjp
+def linear(x_BTI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x_BTI @ kernel_IO, with a backward pass that makes the kernel's gradient as [I, O].
+
+    Plain autodiff makes it as [O, I] and transposes it afterwards.
+    """
+    return jnp.dot(x_BTI, kernel_IO)
+
+
+def _linear_forward(x_BTI, kernel_IO):
+    return jnp.dot(x_BTI, kernel_IO), (x_BTI, kernel_IO)
+
+
+def _linear_backward(residuals, dy_BTO):
+    x_BTI, kernel_IO = residuals
+    x_MI, dy_MO = (array.reshape(-1, array.shape[-1]) for array in (x_BTI, dy_BTO))
+    return jnp.dot(dy_BTO, kernel_IO.T), jnp.dot(x_MI.T, dy_MO)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class RMSNorm(nn.Module):

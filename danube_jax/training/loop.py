@@ -107,7 +107,7 @@ class Trainer:
     def _compile_parts(self) -> None:
         """Decoder, sharded state layout, and the jitted steps."""
         run, dtype = self.config, DTYPES[self.config.precision.compute]
-        self.decoder = Decoder(run.model, dtype=dtype)
+        self.decoder = Decoder(run.model, dtype, DTYPES[run.precision.linear])
         self.optimizer = make_optimizer(run.optimizer)
         abstract = jax.eval_shape(self._fresh_state)
         specs = state_specs(abstract, self.mesh.size, run.training.zero1)
