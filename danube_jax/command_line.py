@@ -1,12 +1,14 @@
 """Command lines with absl flags: `--help` with an example, and one clear line for a mistake."""
 
+import logging
 import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
 
 import ml_collections
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
 from danube_jax.config import RunConfig, parse_config
 from danube_jax.console import warn
@@ -96,7 +98,9 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     Libraries' own logs of errors are silenced: those errors also reach the entry point, as
     exceptions, and the user reads them once.
     """
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _on_thread_error
     with exit_on_user_error():
         raise SystemExit(main(sys.argv))

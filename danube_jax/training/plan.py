@@ -199,7 +199,9 @@ def _saved_bytes_per_token(run: RunConfig, layers: int) -> float:
         run.model, num_hidden_layers=layers, attention_backend="blocked", sliding_window=None
     )
     objective = language_modeling(
-        Decoder(model, dtype, DTYPES[run.precision.linear]), z_loss=run.training.z_loss, chunk_tokens=0
+        Decoder(model, dtype, DTYPES[run.precision.linear]),
+        z_loss=run.training.z_loss,
+        chunk_tokens=0,
     )
     weights = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype if len(leaf.shape) > 1 else leaf.dtype),

@@ -1,0 +1,63 @@
+"""The tools' command lines: help with an example, one line for a mistake, and what they write."""
+
+import json
+
+import pytest
+from helpers import ROOT, command
+
+TOOLS = ("plan", "train_tokenizer", "bench_data", "bench_train")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_shows_an_example_and_the_flags(tool):
+    result = command("--help", module=f"tools/{tool}.py")
+    assert result.returncode == 0, result.stderr
+    assert f"python tools/{tool}.py" in result.stdout
+    assert "Flags:" in result.stdout
+    assert "--" in result.stdout.split("Flags:")[1]
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "fragment"),
+    [
+        ("plan", ["--config=configs/nothing.py"], "configs/nothing.py"),
+        ("train_tokenizer", ["--output=x.model", "nothing.txt"], "nothing.txt: no such file"),
+        ("bench_data", ["--steps=many"], "--steps"),
+        ("bench_train", ["--model=gpt"], "--model=gpt: expected one of 16m, tiny, danube"),
+        ("bench_train", ["--batch=0"], "--batch=0"),
+    ],
+)
+def test_a_mistake_is_one_line(tool, arguments, fragment):
+    result = command(*arguments, module=f"tools/{tool}.py")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert fragment in result.stderr
+
+
+def test_bench_train_measures_ours_and_the_peer(tmp_path):
+    output = tmp_path / "bench.json"
+    flags = ["--model=tiny", "--batch=2", "--context=32", "--steps=1", "--repeats=1"]
+    result = command(*flags, f"--json={output}", module="tools/bench_train.py")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    ours = report["results"]["danube_jax"]
+    assert ours["tokens_per_second"] == pytest.approx(2 * 32 / (ours["ms_per_step"] / 1e3))
+    assert report["parameters"] == 2 * 512 * 64 + 2 * (3 * 64 * 192 + 3 * 64 * 64 + 2 * 64) + 64
+    assert ("pytorch" in report["results"]) == ("torch" in report["versions"])
+
+
+def test_train_tokenizer_makes_a_model_that_reads_back_its_text(tmp_path):
+    from danube_jax.data.tokenizer import Tokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "README.md").read_text() + (ROOT / "LICENSE").read_text())
+    output = tmp_path / "tokenizer.model"
+    result = command(
+        "--vocab_size=600", f"--output={output}", str(text), module="tools/train_tokenizer.py"
+    )
+    assert result.returncode == 0, result.stderr
+    tokenizer = Tokenizer(output)
+    sentence = "The same command goes on\n  where it stopped: 12 %, 日本."
+    assert tokenizer.vocab_size == 600
+    assert tokenizer.decode(tokenizer.encode(sentence)) == sentence
