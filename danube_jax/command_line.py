@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 import ml_collections
 from absl import flags
@@ -101,11 +102,21 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    threading.excepthook = _on_thread_error
+    threading.excepthook = lambda args: _on_background_error(args.exc_value)
+    sys.unraisablehook = lambda args: _on_background_error(args.exc_value)
+    sys.excepthook = _on_error
     with exit_on_user_error():
         raise SystemExit(main(sys.argv))
 
 
-def _on_thread_error(arguments: threading.ExceptHookArgs) -> None:
-    name = arguments.thread.name if arguments.thread else "unknown"
-    warn(f"background thread {name}: {' '.join(str(arguments.exc_value).split())[:300]}")
+def _on_error(kind: type, error: BaseException, traceback: TracebackType | None) -> None:
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        _on_background_error(error)
+
+
+def _on_background_error(error: BaseException | None) -> None:
+    """One line, and none for callbacks that come after a failed save has ended its event loop."""
+    if "Event loop is closed" not in str(error):
+        warn(f"in the background: {' '.join(str(error).split())[:300]}")
