@@ -39,19 +39,19 @@ def get_config():
     config.phases = (
         phase(
             name="short",
-            tokens=whole_steps(800_000, BATCH_TOKENS),
+            tokens=whole_steps(700_000, BATCH_TOKENS),
             context_length=128,
             mixture={"docstrings": 0.80, "packages": 0.15, "reference": 0.05},
         ),
         phase(
             name="medium",
-            tokens=whole_steps(450_000, BATCH_TOKENS),
+            tokens=whole_steps(350_000, BATCH_TOKENS),
             context_length=256,
             mixture={"docstrings": 0.60, "packages": 0.20, "reference": 0.20},
         ),
         phase(
             name="long",
-            tokens=whole_steps(200_000, BATCH_TOKENS),
+            tokens=whole_steps(150_000, BATCH_TOKENS),
             context_length=512,
             mixture={"docstrings": 0.40, "packages": 0.15, "reference": 0.45},
         ),
@@ -66,5 +66,7 @@ def get_config():
     config.evaluation.every_steps = 200
     config.evaluation.tokens_per_source = 20_000
     config.checkpoint.every_steps = 100
-    config.samples.prompts = ("The function returns", "If the value is", "Python is a")
+    config.samples.prompts = ("The function returns", "If the value is", "This class is")
+    config.samples.temperature = 0.6
+    config.samples.top_k = 20
     return config
