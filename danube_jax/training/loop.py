@@ -318,7 +318,7 @@ class Trainer:
     def _evaluate_if_missing(self) -> None:
         """Evaluates and samples at this step, unless metrics.jsonl has it from before a stop."""
         missing = self.writer is not None and not any(
-            row["kind"] == "evaluation" and row["step"] == self.step for row in self.writer.rows
+            row["step"] == self.step for row in self.writer.evaluations
         )
         if jax.process_count() > 1:
             missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
@@ -392,7 +392,7 @@ class Trainer:
                 name: unigram_loss(self.data.train[name], store, self.config.model.vocab_size)
                 for name, store in self.data.heldout.items()
             }
-            summarize(self.writer.rows, unigram, self.workdir)
+            summarize(self.writer.evaluations, unigram, self.workdir)
 
     def close(self) -> None:
         """Waits for checkpoints and closes files."""

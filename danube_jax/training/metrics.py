@@ -1,7 +1,6 @@
 """Metrics: rows in metrics.jsonl, curves in TensorBoard, tokens a second and MFU."""
 
 import json
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -78,7 +77,11 @@ def memory_bytes() -> int:
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and scalars to TensorBoard; process 0 of a run writes."""
+    """Appends rows to metrics.jsonl and scalars to TensorBoard; process 0 of a run writes.
+
+    Attributes:
+      evaluations: the rows of that kind, those of earlier sessions of the run included.
+    """
 
     def __init__(self, workdir: Path, resume_step: int):
         """Rows after `resume_step` are dropped: the steps they tell of are run again.
@@ -88,7 +91,8 @@ class MetricsWriter:
         """
         self._path = workdir / "metrics.jsonl"
         try:
-            self.rows = self._keep(resume_step)
+            rows = self._keep(resume_step)
+            self.evaluations = [row for row in rows if row["kind"] == "evaluation"]
             self._file = self._path.open("a")
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         except OSError as error:
@@ -104,13 +108,12 @@ class MetricsWriter:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 break  # the line that a killed run was writing; nothing older follows it
-            if not isinstance(row, dict) or "step" not in row:
+            if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
                 raise UserError(f"{self._path}, line {number}: not a row of metrics; move it away")
             if row["step"] <= resume_step:
                 rows.append(row)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self._path)
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        files.write_bytes(self._path, content.encode())
         return rows
 
     def write(self, row: dict[str, Any]) -> None:
@@ -119,7 +122,8 @@ class MetricsWriter:
         Raises:
           UserError: the disk is full or the folder is gone.
         """
-        self.rows.append(row)
+        if row["kind"] == "evaluation":
+            self.evaluations.append(row)
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()

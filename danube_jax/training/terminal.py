@@ -123,9 +123,10 @@ class TrainingDisplay:
             console.print(f"  [bold]{escape(prompt)}[/bold]{escape(rest)}".replace("\n", "\n  "))
 
 
-def summarize(rows: Sequence[dict[str, Any]], unigram: dict[str, float], workdir: Path) -> None:
+def summarize(
+    evaluations: Sequence[dict[str, Any]], unigram: dict[str, float], workdir: Path
+) -> None:
     """The end of a run: held-out losses a source beside a unigram model's, and where things are."""
-    evaluations = [row for row in rows if row["kind"] == "evaluation"]
     if evaluations:
         last = evaluations[-1]
         table = Table(title=f"held out, step {last['step']}", title_justify="left")

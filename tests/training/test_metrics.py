@@ -17,7 +17,6 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # what a killed process leaves
     writer = MetricsWriter(tmp_path, 3)
-    assert [row["step"] for row in writer.rows] == [1, 2, 3]
     writer.write({"kind": "train", "step": 4, "loss": 9.0})
     writer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
