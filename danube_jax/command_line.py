@@ -39,7 +39,8 @@ def parse_flags(
     """
     if {"--help", "-help", "-h", "--helpfull"} & set(argv[1:]):
         print((doc or "").strip(), end="\n\nFlags:\n")
-        print(flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag(_any_flag())))
+        own = flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag(_any_flag()))
+        print(own.strip().partition("\n")[2])  # without the module's name
         raise SystemExit(0)
     try:
         rest = flags.FLAGS(list(argv))

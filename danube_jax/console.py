@@ -48,7 +48,7 @@ def progress(description: str, total: float, unit: str = "items") -> Iterator[Ca
         rich_progress.TimeRemainingColumn(),
     )
     started = time.monotonic()
-    with rich_progress.Progress(*columns, console=console) as bar:
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total, rate="")
 
         def advance(amount: float) -> None:

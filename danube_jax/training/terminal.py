@@ -36,7 +36,7 @@ def announce(run: RunConfig, workdir: Path, data: RunData, step: int, last_step:
     epochs = ", ".join(f"{name} {float(use.epochs):.2f}" for name, use in data.use.items())
     info(f"epochs a source over the whole run: {epochs}")
     info(f"everything goes to {workdir}/ (tensorboard --logdir {workdir}/tensorboard)")
-    if step:
+    if 0 < step < last_step:
         info(f"resuming at step {step} of {last_step}")
 
 

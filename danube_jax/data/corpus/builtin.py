@@ -40,6 +40,8 @@ SKIPPED_FOLDERS = frozenset(
 OWN_DISTRIBUTION = "danube-jax"
 MIN_CHARACTERS = 80
 PIECE_CHARACTERS = 2_000  # long texts are cut, so that held-out documents can come from all of them
+MIN_PROSE_WORDS = 8
+PROSE_SHARE = 0.9  # letters and spaces in a paragraph; English has about 0.96, code 0.8 and less
 MIN_DUPLICATE = 60  # shorter paragraphs, such as headings, may repeat
 
 HTML_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -77,7 +79,7 @@ def documents(source: str, seen: set[bytes] | None = None) -> Iterator[Document]
         set to several sources to keep them apart too.
     """
     raw, cut_long = _READERS[source]
-    unique = remove_repeated_paragraphs(raw(), set() if seen is None else seen)
+    unique = remove_repeated_paragraphs(prose(raw()), set() if seen is None else seen)
     return cut(unique) if cut_long else unique
 
 
@@ -136,6 +138,24 @@ def clean_description(text: str) -> str:
     noise = (IMAGE_DIRECTIVE, IMAGE_OPTION, LINK_DEFINITION, EMPTY_CELLS)
     lines = (line.rstrip() for line in text.splitlines())
     return _clean("\n".join(line for line in lines if not any(p.match(line) for p in noise)))
+
+
+def prose(texts: Iterable[Document]) -> Iterator[Document]:
+    """Keeps the paragraphs that are sentences, each on one line; code, tables and headings go."""
+    for document in texts:
+        paragraphs = (" ".join(p.split()) for p in re.split(r"\n[ \t]*\n", document.text))
+        kept = [paragraph for paragraph in paragraphs if _is_prose(paragraph)]
+        if kept:
+            yield Document(document.id, "\n\n".join(kept))
+
+
+def _is_prose(paragraph: str) -> bool:
+    words = sum(character.isalpha() or character == " " for character in paragraph)
+    return (
+        len(paragraph.split()) >= MIN_PROSE_WORDS
+        and words >= PROSE_SHARE * len(paragraph)
+        and ">>>" not in paragraph
+    )
 
 
 def remove_repeated_paragraphs(texts: Iterable[Document], seen: set[bytes]) -> Iterator[Document]:
