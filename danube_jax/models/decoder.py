@@ -8,6 +8,7 @@ Shape suffixes: B batch, T query length, S key length (cache slots), D model, N 
 K KV heads, H head size, F feed-forward, V vocabulary.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -387,6 +388,9 @@ class Decoder(nn.Module):
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Random float32 parameters: normal(initializer_range) matrices, norm scales of one."""
+    # Parameters do not depend on attention, and a backend that trains in bfloat16 on a GPU refuses
+    # this float32 trace.
+    config = dataclasses.replace(config, attention_backend="xla")
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hf_mapping import params_from_hf
 
-from danube_jax.config import ModelConfig
+from danube_jax.config import ATTENTION_BACKENDS, ModelConfig
 from danube_jax.models import decoder as decoder_lib
 from danube_jax.models.decoder import Decoder
 
@@ -112,6 +112,17 @@ def test_logits_and_gradients_equal_those_of_transformers(config):
 )
 def test_parameter_count(config, count):
     assert decoder_lib.param_count(config) == count
+
+
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+def test_parameters_do_not_depend_on_the_attention_backend(backend):
+    config = small(attention_backend=backend)  # cudnn too, which runs neither here nor in float32
+    for a, b in zip(
+        jax.tree.leaves(decoder_lib.init_params(config, jax.random.key(0))),
+        jax.tree.leaves(decoder_lib.init_params(SMALL, jax.random.key(0))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("tied", [False, True])
