@@ -120,11 +120,18 @@ def _backward_rows(
         p_RSQ = jnp.exp(s_RSQ - lse_R1Q)
         dp_RSQ = jnp.einsum("rsh,rqh->rsq", v_RTH[:, keys], dout_RQH)
         ds_RSQ = p_RSQ * (dp_RSQ - delta_R1Q)
-        dv_RTH = dv_RTH.at[:, keys].add(jnp.einsum("rsq,rqh->rsh", p_RSQ, dout_RQH))
-        dk_RTH = dk_RTH.at[:, keys].add(jnp.einsum("rsq,rqh->rsh", ds_RSQ, q_RQH))
+        dv_RTH = _add_at(dv_RTH, keys, jnp.einsum("rsq,rqh->rsh", p_RSQ, dout_RQH))
+        dk_RTH = _add_at(dk_RTH, keys, jnp.einsum("rsq,rqh->rsh", ds_RSQ, q_RQH))
         dq_RHQ = jnp.einsum("rsq,rsh->rhq", ds_RSQ, k_RTH[:, keys])
         dq_blocks.append(_split_group(jnp.swapaxes(dq_RHQ, 1, 2), q_RGTH))
     return jnp.concatenate(dq_blocks, axis=2), dk_RTH, dv_RTH
+
+
+def _add_at(sum_RTH: jax.Array, keys: slice, part_RSH: jax.Array) -> jax.Array:
+    """Adds a block's part in place; `.at[].add` is a scatter, which jaxlib 0.11 fails to compile
+    for several CPU devices."""
+    total_RSH = sum_RTH[:, keys] + part_RSH
+    return lax.dynamic_update_slice_in_dim(sum_RTH, total_RSH, keys.start, axis=1)
 
 
 def _blocks(length: int, sliding_window: int | None) -> list[tuple[slice, slice]]:

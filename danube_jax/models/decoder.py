@@ -265,7 +265,31 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, shape, jnp.float32)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, tokens_BT, axis=0).astype(self.dtype)
+        return embed(self.embedding, tokens_BT).astype(self.dtype)
+
+
+@jax.custom_vjp
+def embed(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the embedding, whose gradients are summed in float32.
+
+    A frequent token's thousands of bfloat16 gradients would stop growing their own sum.
+    """
+    return jnp.take(embedding_VD, tokens_BT, axis=0)
+
+
+def _embed_forward(embedding_VD, tokens_BT):
+    # An empty array carries the embedding's shape and dtype, which residuals may not hold as such.
+    empty_0VD = jnp.zeros((0, *embedding_VD.shape), embedding_VD.dtype)
+    return embed(embedding_VD, tokens_BT), (tokens_BT, empty_0VD)
+
+
+def _embed_backward(residuals, dx_BTD):
+    tokens_BT, empty_0VD = residuals
+    sum_VD = jnp.zeros(empty_0VD.shape[1:], jnp.float32)
+    return sum_VD.at[tokens_BT].add(dx_BTD.astype(jnp.float32)).astype(empty_0VD.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 class Head(nn.Module):

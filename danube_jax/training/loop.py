@@ -58,6 +58,11 @@ def train(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
             warn("a GPU is present but JAX does not use it: pip install -e '.[cuda]'")
         else:
             info("no accelerator found: running on the CPU")
+    elif run.data.mask_documents and run.model.attention_backend == "auto":
+        warn(
+            "cuDNN's attention cannot mask documents: using the dense one, whose memory grows "
+            "with the square of the context"
+        )
     check_workdir(workdir, run)
     trainer = Trainer(run, workdir, open_run_data(run, workdir))
     try:

@@ -246,3 +246,18 @@ def test_cached_decoding_equals_the_full_forward_pass(window):
         last = tokens[rows, positions[:, 0]][:, None]
         logits, cache = apply(decoder, params, last, positions, cache, method="decode")
         np.testing.assert_allclose(logits[:, 0], full[rows, positions[:, 0]], atol=1e-5)
+
+
+def test_gradients_of_a_frequent_token_are_summed_in_float32():
+    tokens_BT = jnp.zeros((4, 1_024), jnp.int32).at[:, ::7].set(3)
+    dx_BTD = 1.0 + jax.random.normal(jax.random.key(0), (4, 1_024, 8))
+    dx_BTD = dx_BTD.astype(jnp.bfloat16)
+    _, pullback = jax.vjp(
+        lambda e: decoder_lib.embed(e, tokens_BT), jnp.zeros((5, 8), jnp.bfloat16)
+    )
+    (found_VD,) = pullback(dx_BTD)
+    assert found_VD.dtype == jnp.bfloat16
+    exact_VD = np.zeros((5, 8))
+    np.add.at(exact_VD, np.asarray(tokens_BT), np.asarray(dx_BTD, np.float64))
+    # one rounding to bfloat16 at the end; sums kept in bfloat16 are off by tens of per cent
+    np.testing.assert_allclose(np.asarray(found_VD, np.float64), exact_VD, rtol=2**-8)
