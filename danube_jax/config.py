@@ -25,6 +25,8 @@ ATTENTION_BACKENDS = ("auto", "xla", "blocked", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 VERIFY_MODES = ("auto", "always", "never")
 MODEL_TYPES = ("mistral", "llama")
+INIT_TAKES = ("weights", "weights_and_optimizer")
+NEW_ROWS = ("init", "old_statistics")
 BUILTIN_SOURCES = ("language_reference", "docstrings", "package_descriptions")
 
 
@@ -65,9 +67,13 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """A SentencePiece model file, found, carried by a package, or trained on the sources."""
+    """A tokenizer: found, carried by a package, or trained on the sources.
 
-    path: str = ""  # a SentencePiece .model file
+    `path` is a SentencePiece `.model` file, a folder with tokenizer files (`tokenizer.model`, or
+    what Hugging Face's AutoTokenizer reads), or a `tokenizer.json`.
+    """
+
+    path: str = ""
     builtin: str = ""  # 'mistral': the file inside mistral-common (extra 'mistral')
     train_vocab_size: int = 0  # > 0: train a BPE tokenizer of this size on the built-in sources
 
@@ -105,6 +111,17 @@ class PhaseConfig:
     context_length: int = 0
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
     batch_tokens: int | None = None  # None: training.batch_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFromConfig:
+    """Where a new run's weights come from; a run that resumes goes on from its own checkpoint."""
+
+    path: str = ""  # a Hugging Face folder, a workdir (newest step) or one step; '': random
+    take: str = "weights"  # or 'weights_and_optimizer' (AdamW's moments, from a workdir)
+    model_from_source: bool = False  # the source's architecture goes before config.model
+    change_tokenizer: bool = False  # rows of tokens in both vocabularies are kept, others are new
+    new_rows: str = "init"  # as the model's init, or normal with 'old_statistics' a feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +189,7 @@ class RunConfig:
 
     name: str = "run"
     model: ModelConfig = ModelConfig()
+    init_from: InitFromConfig = InitFromConfig()
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig = DataConfig()
     phases: tuple[PhaseConfig, ...] = ()
@@ -256,6 +274,17 @@ def parse_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> RunCo
     return run
 
 
+def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Builds and validates a `ModelConfig` on its own; keys that are absent keep their default.
+
+    Raises:
+      UserError: unknown key, wrong type or impossible value; names the key in full.
+    """
+    model = _build(ModelConfig, values, "config.model")
+    _validate_model(model)
+    return model
+
+
 def _optional_type(hint: Any) -> type | None:
     """`int` for ``int | None``, else None."""
     if isinstance(hint, types.UnionType):
@@ -325,6 +354,7 @@ def _validate(run: RunConfig) -> None:
         run.precision.linear,
         f"no wider dtype than precision.compute ({run.precision.compute})",
     )
+    _validate_init_from(run.init_from)
     _validate_training(run)
     _validate_data(run.data)
     _validate_phases(run)
@@ -365,6 +395,18 @@ def _validate_model(model: ModelConfig) -> None:
         model.head_size,
         "an even head size, since RoPE rotates pairs",
     )
+
+
+def _validate_init_from(init_from: InitFromConfig) -> None:
+    _require_choice("config.init_from.take", init_from.take, INIT_TAKES)
+    _require_choice("config.init_from.new_rows", init_from.new_rows, NEW_ROWS)
+    for key in ("model_from_source", "change_tokenizer"):
+        _require(
+            bool(init_from.path) or not getattr(init_from, key),
+            f"config.init_from.{key}",
+            True,
+            "False, or config.init_from.path to say where from",
+        )
 
 
 def _validate_training(run: RunConfig) -> None:

@@ -4,9 +4,15 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from danube_jax.errors import UserError
+
+_SYNCERS = 8  # they wait for the disk, which takes several at once
 
 
 @contextlib.contextmanager
@@ -24,6 +30,38 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place once the block ends without an error.
+
+    What stood at `output` is replaced; where the block fails, it stays and the temporary goes.
+
+    Raises:
+      UserError: the folder cannot be made or moved.
+    """
+    output = Path(os.path.abspath(output))
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made: {error.strerror or error}") from None
+    try:
+        yield temporary
+        folders = [folder for folder, _, _ in os.walk(temporary)]
+        with ThreadPoolExecutor(_SYNCERS) as syncers:
+            list(syncers.map(sync_folder, folders))
+        if output.exists():
+            os.rename(output, old)
+        os.rename(temporary, output)
+        sync_folder(output.parent)
+    finally:
+        if old.exists() and not output.exists():
+            os.rename(old, output)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync_folder(path: str | os.PathLike) -> None:

@@ -117,8 +117,10 @@ def main(argv: Sequence[str]) -> int:
     if _RATE.value is not None and _RATE.value <= 0:
         raise UserError(f"--tokens_per_second={_RATE.value}: expected a positive number")
 
+    from danube_jax.training.init_from import resolve_model
     from danube_jax.training.plan import make_plan
 
+    run = resolve_model(run)
     plan = make_plan(
         run,
         devices=_DEVICES.value,

@@ -1,175 +1,567 @@
-"""Text generation from token ids: padded prefill, then one jitted loop of single-token steps.
+"""Text generation: `Generator` takes token ids and gives completions, streams, and scores.
 
-Shape suffixes: B rows (prompts), P padded prompt length, S cache slots, V vocabulary.
+Prompts are fed in chunks (prefill), then a compiled loop draws token after token (`programs.py`);
+`buckets.py` says which shapes exist, `sampling.py` how a token is drawn, and `text.py` how tokens
+become text.
+
+Shape suffixes: B rows, T tokens of a row, V vocabulary.
 """
 
-import functools
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from danube_jax.config import ModelConfig
 from danube_jax.errors import UserError
-from danube_jax.models.decoder import Params, init_cache
+from danube_jax.inference import programs
+from danube_jax.inference.buckets import (
+    CHUNK_TOKENS,
+    CPU_DISPATCH_TOKENS,
+    DISPATCH_TOKENS,
+    PrefillPlan,
+    plan_prefill,
+    prefill_bucket,
+    ring_slots,
+    rows_bucket,
+    slots_bucket,
+)
+from danube_jax.inference.programs import NO_TOKEN, Drawn, Rows
+from danube_jax.inference.sampling import SamplingConfig, SamplingPlan, SamplingValues
+from danube_jax.inference.text import Decodes, Detokenizer, StopStrings
+from danube_jax.models.decoder import Decoder, KVCache, Params, init_cache
 
-_NO_TOKEN = -1  # pads the output; also an eos_id that is never drawn
+STREAM_TOKENS = 8  # drawn by a dispatch while text is watched
+MAX_BATCH = 32
+
+TopLogprobs = tuple[tuple[int, float], ...]
 
 
-def generate(
-    decoder: nn.Module,
-    params: Params,
-    prompt_tokens: Sequence[Sequence[int]],
-    *,
-    max_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_id: int | None = None,
-    key: jax.Array | None = None,
-) -> list[list[int]]:
-    """Continues each prompt; a row's output does not depend on the other rows.
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A continuation of a prompt.
 
-    Args:
-      decoder: a `Decoder`.
-      params: its parameters.
-      prompt_tokens: one non-empty list of token ids a row.
-      max_tokens: most new tokens a row.
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-      top_k: draw among the k likeliest tokens; 0 among all.
-      top_p: draw among the likeliest tokens that together hold this probability.
-      eos_id: ends a row; it is not part of the output.
-      key: random key, needed for temperature > 0; row and position are folded into it.
-
-    Returns:
-      The new tokens of each row, without the prompt.
-
-    Raises:
-      UserError: an argument is out of range, or a prompt and its continuation do not fit into
-        the model's context.
+    Attributes:
+      tokens: the new tokens, without the stop token; where a stop string ended it, up to the token
+        that completed the string.
+      text: what they add to the text of the prompt, up to the stop string; None without tokenizer.
+      finish_reason: 'stop' (a stop token or string) or 'length' (max_tokens).
+      token_logprobs: log-probability of each token under the model itself, before penalty,
+        temperature and filters; None where not asked for.
+      top_logprobs: for each token the likeliest ones, as (id, log-probability), best first.
     """
-    lengths = [len(prompt) for prompt in prompt_tokens]
-    _check(decoder.config, prompt_tokens, lengths, max_tokens, temperature, top_k, top_p, key)
-    if not lengths or max_tokens == 0:
-        return [[] for _ in lengths]
-    padded_length = 1 << (max(lengths) - 1).bit_length()  # few shapes, few compilations
-    tokens_BP = np.zeros((len(lengths), padded_length), np.int32)
-    for row, prompt in enumerate(prompt_tokens):
-        tokens_BP[row, : len(prompt)] = prompt
-    output = _generate(
-        decoder,
-        max_tokens,
-        temperature == 0,
-        top_k > 0 or top_p < 1,
-        params,
-        jnp.asarray(tokens_BP),
-        jnp.asarray(lengths, jnp.int32),
-        jnp.float32(temperature),
-        jnp.int32(top_k or decoder.config.vocab_size),
-        jnp.float32(top_p),
-        jnp.int32(_NO_TOKEN if eos_id is None else eos_id),
-        jax.random.key(0) if key is None else key,
-    )
-    return [[int(token) for token in row if token != _NO_TOKEN] for row in np.asarray(output)]
+
+    tokens: tuple[int, ...]
+    text: str | None
+    finish_reason: str
+    token_logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
 
 
-def sample(
-    logits_BV: jax.Array,
-    keys_B: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    *,
-    filtered: bool,
-) -> jax.Array:
-    """Draws one token a row, int32 [B]; `top_k` and `top_p` count only where `filtered`.
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of a stream; the pieces of all chunks joined make a `Completion`.
 
-    The nucleus is taken of what top_k leaves, and always holds the likeliest token.
+    Attributes:
+      text: whole characters that belong to no stop string; may be empty.
+      tokens: the tokens of this piece, whose text may come later.
+      finish_reason: None until the last chunk.
+      token_logprobs, top_logprobs: of `tokens`; None where not asked for.
     """
-    logits_BV = logits_BV.astype(jnp.float32) / temperature
-    if filtered:
-        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-        kept_BV = jnp.arange(logits_BV.shape[-1]) < top_k
-        p_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf), axis=-1)
-        kept_BV &= jnp.cumsum(p_BV, axis=-1) - p_BV < top_p
-        least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str | None
+    token_logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(
-    decoder,
-    max_tokens,
-    greedy,
-    filtered,
-    params,
-    tokens_BP,
-    lengths_B,
-    temperature,
-    top_k,
-    top_p,
-    eos_id,
-    key,
-):
-    """New tokens, int32 [B, max_tokens], `_NO_TOKEN` from a row's end on."""
-    batch, padded_length = tokens_BP.shape
-    rows_B = jnp.arange(batch)
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How a model rates a sequence of T tokens.
 
-    def next_token(h_BD, positions_B):
-        logits_BV = decoder.apply({"params": params}, h_BD, method="logits")
-        if greedy:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-        return sample(logits_BV, step_keys_B, temperature, top_k, top_p, filtered=filtered)
+    Attributes:
+      logprobs: float32 [T - 1], log-probability of each token but the first, given those before.
+      likeliest: bool [T - 1], whether the token was the model's first choice.
+    """
 
-    def states(tokens_BT, positions_BT, cache):
-        variables = {"params": params}
-        return decoder.apply(variables, tokens_BT, positions_BT, cache, method="decode_states")
-
-    cache = init_cache(decoder.config, batch, padded_length + max_tokens, decoder.dtype)
-    positions_BP = jnp.broadcast_to(jnp.arange(padded_length), tokens_BP.shape)
-    h_BPD, cache = states(tokens_BP, positions_BP, cache)
-    token_B = next_token(h_BPD[rows_B, lengths_B - 1], lengths_B)
-
-    def unfinished(carry):
-        step, _, done_B, *_ = carry
-        return (step < max_tokens) & ~jnp.all(done_B)
-
-    def advance(carry):
-        step, token_B, done_B, output_BN, cache = carry
-        output_BN = output_BN.at[:, step].set(jnp.where(done_B, _NO_TOKEN, token_B))
-        positions_B = lengths_B + step
-        h_B1D, cache = states(token_B[:, None], positions_B[:, None], cache)
-        token_B = next_token(h_B1D[:, 0], positions_B + 1)
-        return step + 1, token_B, done_B | (token_B == eos_id), output_BN, cache
-
-    output_BN = jnp.full((batch, max_tokens), _NO_TOKEN, jnp.int32)
-    carry = (jnp.int32(0), token_B, token_B == eos_id, output_BN, cache)
-    return jax.lax.while_loop(unfinished, advance, carry)[3]
+    logprobs: np.ndarray
+    likeliest: np.ndarray
 
 
-def _check(config, prompts, lengths, max_tokens, temperature, top_k, top_p, key) -> None:
-    if max_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            f"generate: max_tokens={max_tokens}, temperature={temperature}, top_k={top_k} must "
-            f"not be negative, and top_p={top_p} must be in (0, 1]"
-        )
-    if temperature > 0 and key is None:
-        raise UserError(f"generate: temperature={temperature} needs a random key")
-    for row, length in enumerate(lengths):
-        if length == 0:
-            raise UserError(f"generate: prompt {row} is empty; it needs at least one token")
-        if length + max_tokens > config.max_position_embeddings:
+@dataclasses.dataclass
+class _Session:
+    """A batch between dispatches.
+
+    Attributes:
+      rows, cache: its state.
+      first: its first tokens.
+      end: time after the last chunk of its prefill.
+      time: the latest time that its token drawn last can have.
+    """
+
+    rows: Rows
+    cache: KVCache
+    first: Drawn
+    end: int
+    time: int
+
+
+@dataclasses.dataclass
+class _Kept:
+    """The cache of the last stream: `tokens` have entered it, and slots are written up to `end`."""
+
+    tokens: list[int]
+    end: int
+    cache: KVCache
+
+
+class Generator:
+    """Continues and scores token sequences with one model.
+
+    Nothing runs in reduced precision unless asked for by `dtype`: linear layers compute in it,
+    too, whatever the model was trained with.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        tokenizer: Decodes | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        cache_dtype: jnp.dtype | None = None,
+        max_batch: int = MAX_BATCH,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ):
+        """Prepares the weights.
+
+        Args:
+          config: the model; how it was trained (remat, attention backend) does not matter.
+          params: its parameters, in any float dtype.
+          tokenizer: gives completions their text; needed for streams and stop strings.
+          dtype: of weights and activations.
+          cache_dtype: of keys and values; None means `dtype`.
+          max_batch: most rows that are decoded at once; more prompts are taken in turns.
+          chunk_tokens: most tokens of a prompt that are fed at once.
+        """
+        if max_batch < 1 or chunk_tokens < 1:
             raise UserError(
-                f"generate: prompt {row} of {length} tokens and {max_tokens} new ones exceed the "
-                f"model's context of {config.max_position_embeddings}"
+                f"max_batch={max_batch}, chunk_tokens={chunk_tokens}: expected positive numbers"
             )
-        for token in prompts[row]:
-            if not 0 <= token < config.vocab_size:
+        self.config, self.tokenizer, self.max_batch = config, tokenizer, max_batch
+        self._on_cpu = jax.default_backend() == "cpu"
+        self._chunk_tokens = chunk_tokens
+        self._cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
+        run_config = dataclasses.replace(config, remat="none", attention_backend="auto")
+        if config.tie_word_embeddings and self._on_cpu:
+            # XLA:CPU multiplies by the transpose of the embedding at half its speed.
+            run_config = dataclasses.replace(run_config, tie_word_embeddings=False)
+            params = {**params, "lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+        self._decoder = Decoder(run_config, jnp.dtype(dtype))
+        # Norm scales, the only vectors, cost nothing and enter in float32.
+        self._params = jax.tree.map(
+            lambda x: jnp.asarray(x, dtype if x.ndim > 1 else x.dtype), params
+        )
+        self._kept: _Kept | None = None
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | None = None
+    ) -> list[list[Completion]]:
+        """Continues each prompt.
+
+        What a prompt is continued with does not depend on the other prompts, but for rounding.
+        Random draws depend on the seed, the prompt's place in the list, and the sample's number.
+
+        Args:
+          prompts: one non-empty list of token ids each.
+          sampling: how; None means `SamplingConfig()`.
+
+        Returns:
+          Completions, [prompt][sample].
+
+        Raises:
+          UserError: a prompt is empty or holds an impossible token, a prompt and `max_tokens` do
+            not fit into the model's context, or stop strings are given without a tokenizer.
+        """
+        sampling = SamplingConfig() if sampling is None else sampling
+        self._check(prompts, sampling)
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        if sampling.max_tokens == 0:
+            empty = () if sampling.logprobs else None
+            text = None if self.tokenizer is None else ""
+            done = Completion((), text, "length", empty, empty)
+            return [[done] * sampling.num_samples for _ in prompts]
+        # Prompts of like length share a batch.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        group = max(1, self.max_batch // sampling.num_samples)
+        for first in range(0, len(order), group):
+            indices = order[first : first + group]
+            for index, found in zip(
+                indices,
+                self._complete([prompts[i] for i in indices], indices, sampling),
+                strict=True,
+            ):
+                completions[index] = found
+        return completions
+
+    def stream(
+        self, prompt: Sequence[int], sampling: SamplingConfig | None = None
+    ) -> Iterator[Chunk]:
+        """Continues one prompt, piece by piece, as `generate` would.
+
+        The keys and values of the last stream are kept: a prompt that begins with the tokens of
+        the one before, as a chat's does, is fed from where they differ.
+
+        Raises:
+          UserError: as `generate`; also without a tokenizer, or for several samples.
+        """
+        sampling = SamplingConfig() if sampling is None else sampling
+        self._check([prompt], sampling)
+        if self.tokenizer is None:
+            raise UserError("a stream of text needs a tokenizer")
+        if sampling.num_samples != 1:
+            raise UserError(f"num_samples: a stream has one, not {sampling.num_samples}")
+        return self._stream(list(prompt), sampling)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Score]:
+        """Log-probabilities of the tokens of each sequence, given those before.
+
+        Raises:
+          UserError: a sequence is empty, holds an impossible token, or exceeds the context.
+        """
+        self._check(sequences, SamplingConfig(max_tokens=0))
+        scores: list[Score | None] = [None] * len(sequences)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        while order:
+            length = prefill_bucket(len(sequences[order[-1]]))
+            rows = min(self.max_batch, max(1, 2 * DISPATCH_TOKENS // length), len(order))
+            indices, order = order[-rows:], order[:-rows]
+            tokens_BT = np.zeros((rows_bucket(rows), length), np.int32)
+            for row, index in enumerate(indices):
+                tokens_BT[row, : len(sequences[index])] = sequences[index]
+            logprobs_BT, likeliest_BT = jax.device_get(
+                programs.score_rows(self._decoder, self._params, tokens_BT)
+            )
+            for row, index in enumerate(indices):
+                end = len(sequences[index]) - 1
+                scores[index] = Score(logprobs_BT[row, :end], likeliest_BT[row, :end])
+        return scores
+
+    def _complete(
+        self, prompts: list[Sequence[int]], indices: list[int], sampling: SamplingConfig
+    ) -> list[list[Completion]]:
+        """Completions of one batch; `indices` are the prompts' places in the user's list."""
+        session = self._start(prompts, indices, sampling)
+        writers = [
+            _Writer(self.tokenizer, prompt, sampling)
+            for prompt in prompts
+            for _ in range(sampling.num_samples)
+        ]
+        for block in self._blocks(session, sampling, writers):
+            for row, writer in enumerate(writers):
+                if not writer.finished:
+                    writer.push(block, row)
+        found = [writer.completion() for writer in writers]
+        return [
+            found[i : i + sampling.num_samples] for i in range(0, len(found), sampling.num_samples)
+        ]
+
+    def _stream(self, prompt: list[int], sampling: SamplingConfig) -> Iterator[Chunk]:
+        if sampling.max_tokens == 0:
+            yield Chunk("", (), "length", *(((), ()) if sampling.logprobs else (None, None)))
+            return
+        kept, self._kept = self._kept, None
+        session = self._start([prompt], [0], sampling, kept)
+        writer = _Writer(self.tokenizer, prompt, sampling)
+        drawn: list[int] = []
+        blocks = self._blocks(session, sampling, [writer], drawn)
+        try:
+            for block in blocks:
+                yield writer.push(block, 0)
+                if writer.finished:
+                    break
+        finally:
+            blocks.close()
+            entered = (prompt + drawn)[:-1]
+            self._kept = _Kept(entered, max(session.end, len(entered)), session.cache)
+
+    def _start(
+        self,
+        prompts: list[Sequence[int]],
+        indices: list[int],
+        sampling: SamplingConfig,
+        kept: _Kept | None = None,
+    ) -> _Session:
+        """Feeds the prompts and draws the first tokens."""
+        copies, length = sampling.num_samples, max(map(len, prompts))
+        start, cache = 0, None
+        if kept is not None:
+            start, cache = self._reuse(kept, prompts[0], sampling.max_tokens)
+        batch = rows_bucket(len(prompts))
+        plan = self._plan(start, length, sampling.max_tokens, batch)
+        if cache is not None and cache.slots < plan.slots:
+            cache = programs.grow_cache(cache, plan.slots)
+
+        padding_B = np.zeros(batch, np.int32)
+        tokens_BT = np.zeros((batch, plan.end), np.int32)
+        for row, prompt in enumerate(prompts):
+            padding_B[row] = length - len(prompt)
+            tokens_BT[row, padding_B[row] : length] = prompt
+        parts = [
+            self._prefill(tokens_BT[rows], padding_B[rows], length, plan, cache)
+            for rows in (slice(row, row + plan.rows) for row in range(0, batch, plan.rows))
+        ]
+        h_BD, cache = parts[0] if len(parts) == 1 else programs.join_rows(parts)
+        if copies > 1:
+            h_BD, cache = programs.repeat_rows(h_BD, cache, copies)
+        real = [
+            (prompt, index, copy)
+            for prompt, index in zip(prompts, indices, strict=True)
+            for copy in range(copies)
+        ]
+        rows = self._first_rows(real, np.repeat(padding_B, copies), length, sampling)
+        rows, first_drawn = programs.draw_first(
+            self._decoder,
+            SamplingPlan.of(sampling),
+            self._params,
+            SamplingValues.of(sampling),
+            h_BD,
+            rows,
+        )
+        return _Session(rows, cache, first_drawn, plan.end, length)
+
+    def _plan(self, start: int, length: int, max_tokens: int, rows: int) -> PrefillPlan:
+        return plan_prefill(
+            start,
+            length,
+            max_tokens,
+            rows=rows,
+            sliding_window=self.config.sliding_window,
+            chunk_tokens=self._chunk_tokens,
+            dispatch_tokens=CPU_DISPATCH_TOKENS if self._on_cpu else DISPATCH_TOKENS,
+        )
+
+    def _prefill(
+        self,
+        tokens_BT: np.ndarray,
+        padding_B: np.ndarray,
+        length: int,
+        plan: PrefillPlan,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache]:
+        """States [B, D] of the last of `length` tokens of each row, and the cache."""
+        if cache is None:
+            cache = init_cache(self.config, len(tokens_BT), plan.slots, self._cache_dtype)
+        for first, size in plan.chunks:
+            h_BD, cache = programs.prefill(
+                self._decoder,
+                self._params,
+                tokens_BT[:, first : first + size],
+                cache,
+                np.int32(first),
+                padding_B if padding_B.any() else None,
+                np.int32(min(length - first, size) - 1),
+                fresh=first == 0,
+            )
+        return h_BD, cache
+
+    def _first_rows(
+        self,
+        real: list[tuple[Sequence[int], int, int]],
+        padding_B: np.ndarray,
+        length: int,
+        sampling: SamplingConfig,
+    ) -> Rows:
+        """The rows before their first draw; those beyond `real` fill up the batch."""
+        batch = len(padding_B)
+        key = jax.random.key(sampling.seed)
+        places = np.zeros((batch, 2), np.uint32)
+        places[: len(real)] = [(index, copy) for _, index, copy in real]
+        keys_B = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, p[0]), p[1]))(places)
+        seen_BV = None
+        if sampling.repetition_penalty != 1:
+            seen_BV = np.zeros((batch, self.config.vocab_size), bool)
+            for row, (prompt, _, _) in enumerate(real):
+                seen_BV[row, np.asarray(prompt)] = True
+        stop_tokens = np.full(rows_bucket(max(4, len(sampling.stop_tokens))), NO_TOKEN, np.int32)
+        stop_tokens[: len(sampling.stop_tokens)] = sampling.stop_tokens
+        rows = Rows(
+            token_B=np.zeros(batch, np.int32),
+            time=np.int32(length),
+            padding_B=padding_B,
+            done_B=np.arange(batch) >= len(real),
+            keys_B=keys_B,
+            seen_BV=seen_BV,
+            stop_tokens=stop_tokens,
+        )
+        return jax.tree.map(jnp.asarray, rows)
+
+    def _blocks(
+        self,
+        session: _Session,
+        sampling: SamplingConfig,
+        writers: "list[_Writer]",
+        drawn: list[int] | None = None,
+    ) -> Iterator[Drawn]:
+        """Blocks of drawn tokens as NumPy arrays, the next being computed meanwhile.
+
+        `writers` may stop rows between blocks. `drawn` gathers the tokens of the first row,
+        also those that were computed in vain.
+        """
+        plan, values = SamplingPlan.of(sampling), SamplingValues.of(sampling)
+        watched = drawn is not None or bool(sampling.stop_strings)
+        most = STREAM_TOKENS if watched else programs.BLOCK_TOKENS
+        remaining, pending = sampling.max_tokens - 1, session.first
+
+        def fetch() -> Drawn:
+            block = jax.device_get(pending)
+            if drawn is not None:
+                drawn.extend(int(token) for token in block.tokens[0] if token != NO_TOKEN)
+            return block
+
+        try:
+            while pending is not None:
+                ahead = None
+                if remaining > 0 and not all(writer.finished for writer in writers):
+                    limit = min(most, remaining)
+                    remaining -= limit
+                    self._make_room(session, limit)
+                    session.rows, session.cache, ahead = programs.advance(
+                        self._decoder,
+                        plan,
+                        self._params,
+                        values,
+                        session.rows,
+                        session.cache,
+                        np.int32(limit),
+                    )
+                block, pending = fetch(), ahead
+                yield block
+                if sampling.stop_strings:
+                    finished = [writer.finished for writer in writers]
+                    finished += [True] * (len(session.rows.done_B) - len(writers))
+                    done_B = session.rows.done_B | np.array(finished)
+                    session.rows = session.rows.replace(done_B=done_B)
+        finally:
+            if pending is not None:
+                fetch()
+
+    def _make_room(self, session: _Session, new_tokens: int) -> None:
+        """Grows the cache where the next tokens would come round to its first slot too early."""
+        session.time += new_tokens
+        slots = slots_bucket(session.time)
+        ring = ring_slots(self.config.sliding_window, self._chunk_tokens)
+        if ring is not None:
+            slots = min(slots, ring)
+        if session.cache.slots < slots:
+            session.cache = programs.grow_cache(session.cache, slots)
+
+    def _reuse(
+        self, kept: _Kept, prompt: Sequence[int], max_tokens: int
+    ) -> tuple[int, KVCache | None]:
+        """How many of the prompt's tokens the kept cache can stand for, and that cache."""
+        # The last token must be fed in any case, for its state.
+        longest = min(len(kept.tokens), len(prompt) - 1)
+        same = next((i for i in range(longest) if kept.tokens[i] != prompt[i]), longest)
+        slots, window = kept.cache.slots, self.config.sliding_window
+        if same == 0:
+            return 0, None
+        if window is None:
+            return same, kept.cache
+        overwritten = kept.end - slots  # times before this one
+        wanted = self._plan(same, len(prompt), max_tokens, 1).slots
+        if overwritten > 0 and (slots < wanted or overwritten > same - window):
+            return 0, None
+        return same, kept.cache
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
+        context, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
+        if sampling.stop_strings and self.tokenizer is None:
+            raise UserError("stop_strings: they need a tokenizer")
+        if sampling.logprobs > vocabulary:
+            raise UserError(f"logprobs: expected at most {vocabulary}, got {sampling.logprobs}")
+        for place, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise UserError(f"prompt {place} is empty; it needs at least one token")
+            if len(prompt) + sampling.max_tokens > context:
                 raise UserError(
-                    f"generate: prompt {row} holds token {token}, outside the vocabulary of "
-                    f"{config.vocab_size}"
+                    f"prompt {place} of {len(prompt)} tokens and {sampling.max_tokens} new ones "
+                    f"exceed the model's context of {context}; shorten the prompt or lower "
+                    "max_tokens"
                 )
+            strange = [token for token in prompt if not 0 <= token < vocabulary]
+            if strange:
+                raise UserError(
+                    f"prompt {place} holds token {strange[0]}, outside the vocabulary of "
+                    f"{vocabulary}"
+                )
+
+
+class _Writer:
+    """Takes the tokens of one row as they are drawn; knows when it ends, and why."""
+
+    def __init__(self, tokenizer: Decodes | None, prompt: Sequence[int], sampling: SamplingConfig):
+        self._sampling = sampling
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt)
+        self._stops = StopStrings(sampling.stop_strings)
+        self._chunks: list[Chunk] = []
+        self._count = 0
+        self._reason: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self._reason is not None
+
+    def push(self, block: Drawn, row: int) -> Chunk:
+        """Takes the row's part of a block."""
+        tokens, text = [], ""
+        for token in block.tokens[row].tolist():
+            if self.finished or token == NO_TOKEN:
+                break
+            if token in self._sampling.stop_tokens:
+                self._reason = "stop"
+                break
+            tokens.append(token)
+            self._count += 1
+            if self._sampling.stop_strings:  # which token completes it, must be known
+                text += self._stops.push(self._detokenizer.push([token]))
+                if self._stops.stopped:
+                    self._reason = "stop"
+            if self._count == self._sampling.max_tokens and not self.finished:
+                self._reason = "length"
+        if self._detokenizer is not None:
+            if not self._sampling.stop_strings and tokens:
+                text = self._detokenizer.push(tokens)
+            if self.finished and not self._stops.stopped:
+                text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        logprobs = top = None
+        if block.logprobs is not None:
+            count = len(tokens)
+            logprobs = tuple(block.logprobs[row, :count].tolist())
+            top = tuple(
+                tuple(zip(ids, values, strict=True))
+                for ids, values in zip(
+                    block.top_tokens[row, :count].tolist(),
+                    block.top_logprobs[row, :count].tolist(),
+                    strict=True,
+                )
+            )
+        chunk = Chunk(text, tuple(tokens), self._reason, logprobs, top)
+        self._chunks.append(chunk)
+        return chunk
+
+    def completion(self) -> Completion:
+        """Everything the row has taken."""
+        has_logprobs = self._sampling.logprobs > 0
+        return Completion(
+            tokens=sum((c.tokens for c in self._chunks), ()),
+            text=None if self._detokenizer is None else "".join(c.text for c in self._chunks),
+            finish_reason=self._reason,
+            token_logprobs=sum((c.token_logprobs for c in self._chunks), ())
+            if has_logprobs
+            else None,
+            top_logprobs=sum((c.top_logprobs for c in self._chunks), ()) if has_logprobs else None,
+        )

@@ -23,7 +23,6 @@ def attention(
     *,
     sliding_window: int | None = None,
     segment_ids_BT: jax.Array | None = None,
-    query_positions_BT: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """Softmax attention in which query i sees the keys j with i - sliding_window < j <= i.
@@ -38,8 +37,6 @@ def attention(
       v_BSKH: values.
       sliding_window: number of keys a query sees, itself included.
       segment_ids_BT: a query sees only keys of its own segment; padding (0) is one like any other.
-      query_positions_BT: for decoding against a cache of S slots in which slot j holds position
-        j; a query at position i sees the slots by the rule above. Without it, S must equal T.
       backend: 'xla' (dense, everywhere), 'blocked' (training on CPUs), 'cudnn' (NVIDIA GPUs), or
         'auto': the fastest of them on this platform that honours everything asked for.
 
@@ -51,19 +48,16 @@ def attention(
     """
     if backend not in ATTENTION_BACKENDS:
         raise UserError(f"attention backend {backend!r}: expected one of {ATTENTION_BACKENDS}")
-    _check_shapes(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, query_positions_BT)
+    _check_shapes(q_BTNH, k_BSKH, v_BSKH)
     length = k_BSKH.shape[1]
     if sliding_window is not None and sliding_window >= length:
         sliding_window = None
 
     platform = _platform()
-    cudnn_refusal = _cudnn_refusal(q_BTNH, segment_ids_BT, query_positions_BT, platform)
+    cudnn_refusal = _cudnn_refusal(q_BTNH, segment_ids_BT, platform)
     if backend == "auto":
-        if cudnn_refusal is None:
-            backend = "cudnn"
-        else:
-            decoding = query_positions_BT is not None
-            backend = "blocked" if platform == "cpu" and not decoding else "xla"
+        dense_or_blocked = "blocked" if platform == "cpu" else "xla"
+        backend = "cudnn" if cudnn_refusal is None else dense_or_blocked
 
     if backend == "cudnn":
         if cudnn_refusal is not None:
@@ -78,20 +72,45 @@ def attention(
             implementation="cudnn",
         )
     if backend == "blocked":
-        if query_positions_BT is not None:
-            raise UserError("attention backend 'blocked' cannot decode from a cache; use 'xla'")
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sliding_window)
-    mask = _dense_mask(q_BTNH, length, sliding_window, segment_ids_BT, query_positions_BT)
+    mask = _dense_mask(q_BTNH, length, sliding_window, segment_ids_BT)
     out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="xla")
     return checkpoint_name(out_BTNH, OUTPUT_NAME)
 
 
-def _dense_mask(q_BTNH, key_length, sliding_window, segment_ids_BT, query_positions_BT):
+def cached_attention(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, bias_BTS: jax.Array
+) -> jax.Array:
+    """Softmax attention of a few queries over the slots of a cache; softmax in float32.
+
+    Args:
+      q_BTNH: queries.
+      k_BKHS: cached keys, unexpanded: query head n uses KV head n // (N / K).
+      v_BKSH: cached values.
+      bias_BTS: added to the scores of every head: 0 where a query sees a slot, hugely negative
+        elsewhere.
+
+    Returns:
+      out_BTNH in the dtype of the queries.
+    """
+    batch, length, heads, size = q_BTNH.shape
+    kv_heads, slots = v_BKSH.shape[1:3]
+    group = heads // kv_heads
+    # M = G * T: the queries that meet the same keys are the rows of one matrix.
+    q_BKMH = q_BTNH.reshape(batch, length, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
+    q_BKMH = q_BKMH.reshape(batch, kv_heads, group * length, size)
+    float32 = {"preferred_element_type": jnp.float32}
+    s_BKMS = jnp.einsum("bkmh,bkhs->bkms", q_BKMH, k_BKHS, **float32) * size**-0.5
+    s_BKGTS = s_BKMS.reshape(batch, kv_heads, group, length, slots) + bias_BTS[:, None, None]
+    p_BKMS = jax.nn.softmax(s_BKGTS, axis=-1).reshape(s_BKMS.shape).astype(v_BKSH.dtype)
+    out_BKMH = jnp.einsum("bkms,bksh->bkmh", p_BKMS, v_BKSH, **float32)
+    out_BKGTH = out_BKMH.reshape(batch, kv_heads, group, length, size)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _dense_mask(q_BTNH, key_length, sliding_window, segment_ids_BT):
     """True where a query may see a key; bool [1 or B, 1, T, S]."""
-    if query_positions_BT is None:
-        query = np.arange(q_BTNH.shape[1])[None, :, None]
-    else:
-        query = query_positions_BT[:, :, None]
+    query = np.arange(q_BTNH.shape[1])[None, :, None]
     key = np.arange(key_length)[None, None, :]
     visible = key <= query
     if sliding_window is not None:
@@ -111,7 +130,7 @@ def _platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def _cudnn_refusal(q_BTNH, segment_ids_BT, query_positions_BT, platform) -> str | None:
+def _cudnn_refusal(q_BTNH, segment_ids_BT, platform) -> str | None:
     """Why cuDNN's fused attention cannot honour this call, or None where it can."""
     head_size = q_BTNH.shape[-1]
     if platform != "gpu":
@@ -123,12 +142,10 @@ def _cudnn_refusal(q_BTNH, segment_ids_BT, query_positions_BT, platform) -> str 
         return f"supports head sizes that are {limit}, not {head_size}"
     if segment_ids_BT is not None:
         return "cannot mask documents (segment ids)"
-    if query_positions_BT is not None:
-        return "cannot decode from a cache (query positions)"
     return None
 
 
-def _check_shapes(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, query_positions_BT) -> None:
+def _check_shapes(q_BTNH, k_BSKH, v_BSKH) -> None:
     batch, length, heads, head_size = q_BTNH.shape
     _, key_length, kv_heads, _ = k_BSKH.shape
     shapes = f"queries {q_BTNH.shape}, keys {k_BSKH.shape}, values {v_BSKH.shape}"
@@ -136,7 +153,5 @@ def _check_shapes(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, query_positions_BT) ->
         raise UserError(f"attention: shapes do not fit together: {shapes}")
     if heads % kv_heads:
         raise UserError(f"attention: {heads} query heads cannot share {kv_heads} KV heads evenly")
-    if query_positions_BT is None and key_length != length:
-        raise UserError(f"attention: without query positions, S must equal T: {shapes}")
-    if query_positions_BT is not None and segment_ids_BT is not None:
-        raise UserError("attention: segment ids cannot be combined with query positions")
+    if key_length != length:
+        raise UserError(f"attention: there must be as many keys as queries: {shapes}")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from danube_jax.config import ModelConfig
-from danube_jax.models.attention import attention
+from danube_jax.models.attention import attention, cached_attention
 from danube_jax.models.blocked_attention import DENOMINATOR_NAME, OUTPUT_NAME
 
 Params = dict[str, Any]
@@ -100,20 +100,78 @@ def apply_rotary(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of every layer, each [B, S, K, H]; slot j holds position j."""
+    """Keys [B, K, H, S] and values [B, K, S, H] of every layer.
+
+    A ring: the token that enters at time t is written to slot t % S, over the one of time t - S.
+    Each array lies as its matmul reads it.
+    """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
 
+    @property
+    def slots(self) -> int:
+        """Size S of the ring."""
+        return self.values[0].shape[2]
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache of `length` slots for `batch` sequences."""
-    shape = (batch, length, config.num_key_value_heads, config.head_size)
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache of `slots` slots for `batch` sequences."""
+    rows, size = (batch, config.num_key_value_heads), config.head_size
     layers = range(config.num_hidden_layers)
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        keys=tuple(jnp.zeros((*rows, size, slots), dtype) for _ in layers),
+        values=tuple(jnp.zeros((*rows, slots, size), dtype) for _ in layers),
     )
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """What one layer needs to decode: its part of the cache, and what the new tokens see of it.
+
+    `bias_BTS` is 0 for the slots that a new token sees and hugely negative for the others; None
+    means that the cache was empty, so that new tokens see one another only.
+    """
+
+    keys_BKHS: jax.Array
+    values_BKSH: jax.Array
+    time: jax.Array
+    bias_BTS: jax.Array | None
+
+    def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "LayerCache":
+        """The cache with the keys and values of new tokens in their slots."""
+        return self.replace(
+            keys_BKHS=_write(self.keys_BKHS, k_BTKH.transpose(0, 2, 3, 1), self.time, axis=3),
+            values_BKSH=_write(self.values_BKSH, v_BTKH.swapaxes(1, 2), self.time, axis=2),
+        )
+
+
+def _write(cache: jax.Array, new: jax.Array, time: jax.Array, axis: int) -> jax.Array:
+    """The cache with T new tokens in their slots, which lie along `axis`."""
+    length, slots = new.shape[axis], cache.shape[axis]
+    new = new.astype(cache.dtype)
+    if length == 1:  # in place
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, time % slots, axis)
+    index_S = (jnp.arange(slots) - time) % slots  # of the new token that each slot gets, if any
+    written_S = jnp.expand_dims(index_S < length, [i for i in range(4) if i != axis])
+    return jnp.where(written_S, jnp.take(new, jnp.minimum(index_S, length - 1), axis), cache)
+
+
+def cache_bias(
+    time: jax.Array, length: int, slots: int, padding_B: jax.Array, sliding_window: int | None
+) -> jax.Array:
+    """What `length` tokens from `time` on see of a cache that holds them; float32 [B, T, S].
+
+    They see no padding, nothing later than themselves, and nothing before the window.
+    """
+    times_T1 = (time + jnp.arange(length))[:, None]
+    last = time + length - 1
+    slot_times_S = last - (last - jnp.arange(slots)) % slots
+    visible_TS = slot_times_S <= times_T1
+    if sliding_window is not None:
+        visible_TS &= slot_times_S > times_T1 - sliding_window
+    visible_BTS = visible_TS & (slot_times_S >= padding_B[:, None])[:, None]
+    return jnp.where(visible_BTS, 0.0, -1e30)  # finite: a row of padding sees nothing at all
 
 
 class SelfAttention(nn.Module):
@@ -124,8 +182,8 @@ class SelfAttention(nn.Module):
     linear_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD, rotary, segment_ids_BT=None, positions_BT=None, layer_cache=None):
-        """Returns y_BTD and, where `layer_cache` (keys, values) is given, its next value."""
+    def __call__(self, x_BTD, rotary, segment_ids_BT=None, layer_cache=None):
+        """Returns y_BTD and, where a `LayerCache` is given, its next value."""
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         head_size = config.head_size
@@ -136,25 +194,23 @@ class SelfAttention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, [heads, heads + kv_heads], axis=2)
         q_BTNH, k_BTKH = apply_rotary(q_BTNH, rotary), apply_rotary(k_BTKH, rotary)
 
-        options = {"sliding_window": config.sliding_window, "backend": config.attention_backend}
-        if layer_cache is None:
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **options)
+        if layer_cache is not None:
+            layer_cache = layer_cache.write(k_BTKH, v_BTKH)
+        if layer_cache is not None and layer_cache.bias_BTS is not None:
+            cached = layer_cache.keys_BKHS, layer_cache.values_BKSH, layer_cache.bias_BTS
+            out_BTNH = cached_attention(q_BTNH, *cached)
         else:
-            layer_cache = _write(layer_cache, k_BTKH, v_BTKH, positions_BT)
-            options["backend"] = "auto"  # the configured one is for training
-            out_BTNH = attention(q_BTNH, *layer_cache, query_positions_BT=positions_BT, **options)
+            out_BTNH = attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                segment_ids_BT=segment_ids_BT,
+                sliding_window=config.sliding_window,
+                backend=config.attention_backend,
+            )
 
         out_BTO = out_BTNH.reshape(*x_BTD.shape[:2], heads * head_size)
         return Linear(config.hidden_size, std, *dtypes, name="o_proj")(out_BTO), layer_cache
-
-
-def _write(layer_cache, k_BTKH, v_BTKH, positions_BT):
-    keys_BSKH, values_BSKH = layer_cache
-    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-    return (
-        keys_BSKH.at[rows_B1, positions_BT].set(k_BTKH.astype(keys_BSKH.dtype), mode="drop"),
-        values_BSKH.at[rows_B1, positions_BT].set(v_BTKH.astype(values_BSKH.dtype), mode="drop"),
-    )
 
 
 @jax.custom_vjp
@@ -213,10 +269,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps, self.dtype)
         self.mlp = MLP(*options)
 
-    def __call__(self, x_BTD, rotary, segment_ids_BT=None, positions_BT=None, layer_cache=None):
-        """Returns y_BTD and, where `layer_cache` is given, its next value."""
+    def __call__(self, x_BTD, rotary, segment_ids_BT=None, layer_cache=None):
+        """Returns y_BTD and, where a `LayerCache` is given, its next value."""
         attended_BTD, layer_cache = self.self_attn(
-            self.input_layernorm(x_BTD), rotary, segment_ids_BT, positions_BT, layer_cache
+            self.input_layernorm(x_BTD), rotary, segment_ids_BT, layer_cache
         )
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), layer_cache
@@ -373,39 +429,51 @@ class Decoder(nn.Module):
             kernel_DV = self.lm_head.kernel
         return jnp.dot(h_BTD, kernel_DV.astype(self.dtype), preferred_element_type=jnp.float32)
 
-    def decode(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """`decode_states` followed by `logits`."""
-        h_BTD, cache = self.decode_states(tokens_BT, positions_BT, cache)
-        return self.logits(h_BTD), cache
-
     def decode_states(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache,
+        time: jax.Array,
+        padding_B: jax.Array | None = None,
+        *,
+        fresh: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """Final states of new tokens that attend to the cache and to one another.
 
-        Serves prefill (T = length of the padded prompts) and decoding (T = 1). Prompts of
-        different lengths are padded on the right: what a padding token writes into its slot is
-        overwritten when the sequence reaches that position, and is not visible before.
+        Serves prefill (T tokens of the prompts) and decoding (T = 1). All rows share one clock:
+        prompts of different lengths are padded on the left, so that a row's position is the time
+        less its padding. Tokens may also be padded on the right, with tokens that are overwritten
+        when their time comes again. With a sliding window the cache must have at least
+        sliding_window + T - 1 slots; without one, as many as the time after the new tokens.
 
         Args:
           tokens_BT: new tokens, int32.
-          positions_BT: their positions, which are the slots they are written to; int32. A
-            position beyond the cache is not written.
-          cache: keys and values so far.
+          cache: keys and values of all times before `time` (the last S of them).
+          time: when the first of the new tokens enters; int32 scalar.
+          padding_B: number of padding tokens before each row's first token, counted from time 0;
+            None where no row has any.
+          fresh: the cache is empty and `time` is 0.
 
         Returns:
           States after the final norm [B, T, D], and the next cache.
         """
-        rotary = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
+        config, length = self.config, tokens_BT.shape[1]
+        times_1T = (time + jnp.arange(length))[None]
+        offset_B = jnp.zeros(tokens_BT.shape[:1], jnp.int32) if padding_B is None else padding_B
+        positions_BT = jnp.maximum(times_1T - offset_B[:, None], 0)
+        rotary = rotary_tables(positions_BT, config.head_size, config.rope_theta)
+        segment_ids_BT = bias_BTS = None
+        if not fresh:
+            bias_BTS = cache_bias(time, length, cache.slots, offset_B, config.sliding_window)
+        elif padding_B is not None:
+            segment_ids_BT = (times_1T >= padding_B[:, None]).astype(jnp.int32)
         x_BTD = self.embed_tokens(tokens_BT)
         keys, values = [], []
         for i, layer in enumerate(self.layers):
-            layer_cache = (cache.keys[i], cache.values[i])
-            x_BTD, (k, v) = layer(x_BTD, rotary, None, positions_BT, layer_cache)
-            keys.append(k)
-            values.append(v)
+            layer_cache = LayerCache(cache.keys[i], cache.values[i], time, bias_BTS)
+            x_BTD, layer_cache = layer(x_BTD, rotary, segment_ids_BT, layer_cache)
+            keys.append(layer_cache.keys_BKHS)
+            values.append(layer_cache.values_BKSH)
         return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
 
 

@@ -12,39 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from danube_jax.array_checksums import host_checksum, named_checksums
 from danube_jax.config import CheckpointConfig
 from danube_jax.console import warn
 from danube_jax.errors import UserError
 
 PyTree = Any
-
-
-@jax.jit
-def checksums(tree: PyTree) -> PyTree:
-    """A uint32 checksum a leaf: its words times odd weights by position, summed modulo 2^32.
-
-    Any change of a single word changes the sum, since an odd weight is invertible; the order of
-    summation, and so the sharding, does not matter.
-    """
-
-    def checksum(leaf: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-        index = jnp.zeros(leaf.shape, jnp.uint32)
-        for dim, size in enumerate(leaf.shape):
-            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim)
-        return jnp.sum((words + jnp.uint32(1)) * (2 * index + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(checksum, tree)
-
-
-def _named_checksums(tree: PyTree) -> dict[str, int]:
-    sums = jax.tree_util.tree_leaves_with_path(checksums(tree))
-    return {jax.tree_util.keystr(path): int(np.asarray(value)) for path, value in sums}
 
 
 class Checkpointer:
@@ -88,7 +64,7 @@ class Checkpointer:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    meta=ocp.args.JsonSave(meta | {"checksums": _named_checksums(state)}),
+                    meta=ocp.args.JsonSave(meta | {"checksums": named_checksums(state)}),
                 ),
                 force=True,
             )
@@ -147,7 +123,7 @@ class Checkpointer:
             ),
         )
         expected = restored["meta"]["checksums"]
-        found = _named_checksums(restored["state"])
+        found = named_checksums(restored["state"])
         wrong = sorted(name for name in found if found[name] != expected.get(name))
         if wrong:
             raise ValueError(f"checksum of {wrong[0]} differs ({len(wrong)} of {len(found)})")
@@ -170,6 +146,39 @@ class Checkpointer:
         """
         with _write_errors(self._directory, self._writing):
             self._manager.close()
+
+
+def read_part(step_folder: Path, name: str, abstract: PyTree) -> PyTree:
+    """One field of the `TrainState` in a checkpoint as NumPy arrays, verified.
+
+    Args:
+      step_folder: a complete checkpoint, of this run or another; nothing in it is changed.
+      name: the field.
+      abstract: its shapes and dtypes.
+
+    Raises:
+      UserError: it cannot be read, or is not what was written.
+    """
+    folder = Path(step_folder).absolute()
+    item = {name: jax.tree.map(lambda _: 0, abstract)}
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            expected = checkpointer.restore(folder / "meta")["checksums"]
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            args = ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
+            part = checkpointer.restore(folder / "state", args=args)[name]
+        part = jax.tree.map(np.asarray, part)
+        for path, array in jax.tree_util.tree_leaves_with_path(part):
+            leaf = f".{name}{jax.tree_util.keystr(path)}"
+            if host_checksum(array) != expected[leaf]:
+                raise ValueError(f"checksum of {leaf} differs")
+        if jax.tree.map(np.shape, part) != jax.tree.map(np.shape, abstract):
+            raise ValueError(f"{name} is not that of this optimizer and model")
+    except Exception as error:  # any reader's error means the same: it cannot be used
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: {name} cannot be read: {reason}") from error
+    return part
 
 
 class _write_errors:

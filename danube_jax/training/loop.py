@@ -21,11 +21,13 @@ from danube_jax.console import console, info, warn
 from danube_jax.data.loader import BatchSource, heldout_batches, make_loader
 from danube_jax.data.phases import describe_mismatch
 from danube_jax.errors import EXIT_INTERRUPTED, RunError, UserError
-from danube_jax.inference.generate import generate
+from danube_jax.inference.generate import Generator
+from danube_jax.inference.sampling import SamplingConfig
 from danube_jax.models.decoder import Decoder, flops_per_token, init_params
 from danube_jax.training.checkpoint import Checkpointer
 from danube_jax.training.dtypes import DTYPES
 from danube_jax.training.heldout import evaluate_source, make_eval_step, unigram_loss
+from danube_jax.training.init_from import Initialization, resolve_model
 from danube_jax.training.mesh import DATA_AXIS, make_mesh, put_batch
 from danube_jax.training.metrics import MetricsWriter, Throughput, memory_bytes
 from danube_jax.training.objectives import language_modeling
@@ -40,7 +42,13 @@ from danube_jax.training.step import (
     state_specs,
 )
 from danube_jax.training.terminal import TrainingDisplay, announce, summarize
-from danube_jax.training.workdir import check_workdir, claim_workdir
+from danube_jax.training.workdir import (
+    CHECKPOINTS,
+    check_workdir,
+    claim_workdir,
+    has_checkpoints,
+    keep_tokenizer,
+)
 
 EVAL_TOKENS_PER_DEVICE = 16_384
 
@@ -63,6 +71,7 @@ def train(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
             "cuDNN's attention cannot mask documents: using the dense one, whose memory grows "
             "with the square of the context"
         )
+    run = resolve_model(run, workdir)
     check_workdir(workdir, run)
     trainer = Trainer(run, workdir, open_run_data(run, workdir))
     try:
@@ -94,13 +103,18 @@ class Trainer:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        self.initialization = None
+        if run.init_from.path and not has_checkpoints(workdir):
+            self.initialization = Initialization.plan(run, data.tokenizer)
         self._compile_parts()
         self.last_step = self._last_step()
         if jax.process_index() == 0:
             claim_workdir(workdir, run)
+            keep_tokenizer(workdir, data.tokenizer)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("workdir claimed")
-        self.checkpointer = Checkpointer(workdir / "checkpoints", run.checkpoint)
+        self.checkpointer = Checkpointer(workdir / CHECKPOINTS, run.checkpoint)
+        self.origin: dict[str, Any] | None = None  # what the weights were initialised from
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
@@ -152,9 +166,14 @@ class Trainer:
 
     def _restore_or_init(self) -> TrainState:
         restored = self.checkpointer.restore_latest(self.abstract_state)
+        if restored is None and self.initialization is not None:
+            self.initialization.announce()
+            self.origin = self.initialization.describe()
+            return self.initialization.state(self.optimizer, self._fresh_state, self.shardings)
         if restored is None:
             return jax.jit(self._fresh_state, out_shardings=self.shardings)()
         state, meta = restored
+        self.origin = meta.get("init_from")
         changes = describe_mismatch(meta["data"], self.data.fingerprint)
         if changes and not self.config.checkpoint.allow_data_change:
             raise UserError(
@@ -312,6 +331,7 @@ class Trainer:
                 "tokens": self.schedule.tokens_at_step(self.step),
                 "data": self.data.fingerprint,
                 "devices": self.mesh.size,
+                "init_from": self.origin,
             },
         )
 
@@ -374,19 +394,19 @@ class Trainer:
             return
         tokenizer = self.data.tokenizer
         prompts = [tokenizer.encode(prompt, bos=True) for prompt in config.prompts]
-        outputs = generate(
-            self.decoder,
-            params,
-            prompts,
+        generator = Generator(self.config.model, params, dtype=self.decoder.dtype)
+        sampling = SamplingConfig(
             max_tokens=config.max_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
-            eos_id=tokenizer.eos_id,
-            key=jax.random.key(self.config.training.seed),
+            stop_tokens=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+            seed=self.config.training.seed,
         )
         texts = [
-            tokenizer.decode(prompt + output)
-            for prompt, output in zip(prompts, outputs, strict=True)
+            tokenizer.decode([*prompt, *completion.tokens])
+            for prompt, (completion,) in zip(
+                prompts, generator.generate(prompts, sampling), strict=True
+            )
         ]
         self.display.log_samples(self.step, config.prompts, texts)
         self.writer.write_samples(self.step, texts)

@@ -7,11 +7,14 @@ from typing import Any
 
 import danube_jax
 from danube_jax import files
-from danube_jax.config import RunConfig, to_dict
+from danube_jax.config import RunConfig, parse_config, to_dict
+from danube_jax.data.tokenizer import Tokenizer
 from danube_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 PREPARED_DATA = "data"  # where built-in text is prepared
+TOKENIZER = "tokenizer"  # a copy of the run's tokenizer, so that the folder is whole
 
 # What may differ when a run is resumed: speed, memory, reporting and housekeeping.
 FREE_KEYS = (
@@ -71,6 +74,19 @@ def claim_workdir(workdir: Path, run: RunConfig) -> None:
     files.write_json(workdir / CONFIG_FILE, saved)
 
 
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether `workdir` holds a checkpoint, be it good or damaged."""
+    folder = workdir / CHECKPOINTS
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
+def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Saves a copy of the run's tokenizer in `workdir`, where there is none yet."""
+    if not (workdir / TOKENIZER).exists():
+        with files.atomic_folder(workdir / TOKENIZER) as folder:
+            tokenizer.save(folder)
+
+
 def read_config(workdir: Path) -> dict[str, Any]:
     """The config that a run was started with, as plain dicts.
 
@@ -86,7 +102,8 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 def _require_same_run(path: Path, run: RunConfig) -> None:
     free = FREE_KEYS + (("data", "phases") if run.checkpoint.allow_data_change else ())
-    old, new = _flatten(read_config(path.parent)), _flatten(to_dict(run))
+    old = _flatten(to_dict(parse_config(read_config(path.parent))))  # with defaults of newer keys
+    new = _flatten(to_dict(run))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not any(
             key == item or key.startswith((f"{item}.", f"{item}[")) for item in free

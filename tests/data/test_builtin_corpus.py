@@ -3,13 +3,14 @@ import inspect
 
 import numpy as np
 import pytest
+from tokenizer_models import byte_level_folder
 
 from danube_jax import config
 from danube_jax.data.corpus import builtin, prepare
 from danube_jax.data.corpus.builtin import Document
 from danube_jax.data.token_store import TokenStore
 from danube_jax.data.token_store_writer import TokenStoreWriter
-from danube_jax.data.tokenizer import Tokenizer
+from danube_jax.data.tokenizer import open_tokenizer
 from danube_jax.errors import UserError
 
 
@@ -161,7 +162,7 @@ def test_prepared_stores_hold_the_documents(prepared_folder, make_run, capsys):
     done = prepare.prepare_builtin(make_run(), prepared_folder)
     assert done.train == {"reference": str(prepared_folder / "reference/train")}
     assert done.heldout == {"reference": str(prepared_folder / "reference/heldout")}
-    tokenizer = Tokenizer(done.tokenizer)
+    tokenizer = open_tokenizer(done.tokenizer)
     assert tokenizer.vocab_size == 500
     found = {}
     for part, path in (("train", done.train), ("heldout", done.heldout)):
@@ -187,6 +188,31 @@ def test_prepared_stores_hold_the_documents(prepared_folder, make_run, capsys):
     assert prepare.prepare_builtin(make_run(), prepared_folder) == done
     assert "already prepared" in capsys.readouterr().err
     assert everything(prepared_folder) == before
+
+
+def test_hugging_face_tokenizers_prepare_too(tmp_path, make_run):
+    folder = byte_level_folder(tmp_path / "tokenizer", {"eos_token": "<|endoftext|>"})
+    run = make_run(tokenizer={"path": str(folder)})
+    done = prepare.prepare_builtin(run, tmp_path / "data")
+    assert done.tokenizer == str(folder)
+    tokenizer = open_tokenizer(folder)
+    store = TokenStore.open(done.train["reference"])
+    assert store.tokenizer == tokenizer.fingerprint
+    starts = store.document_starts()
+    ((*ids, last),) = store.read(np.array([0]), starts[1])
+    assert last == tokenizer.eos_id
+    assert tokenizer.eos_id not in ids
+    texts = [text.text for text in builtin.documents("language_reference")]
+    assert tokenizer.decode(ids) in texts
+    (all_ids,) = store.read(np.array([0]), store.tokens)
+    assert tokenizer.token_byte_lengths()[all_ids].sum() == store.bytes
+
+
+def test_a_tokenizer_that_cannot_tell_documents_apart_is_refused(tmp_path, make_run):
+    path = byte_level_folder(tmp_path / "tokenizer") / "tokenizer.json"
+    with pytest.raises(UserError, match="neither BOS nor EOS"):
+        prepare.prepare_builtin(make_run(tokenizer={"path": str(path)}), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_killed_preparation_continues_to_the_same_bytes(

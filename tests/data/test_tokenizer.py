@@ -117,7 +117,7 @@ def test_bad_files_are_refused(tmp_path, trained):
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: damaged or not a SentencePiece model"):
-            tokenizer.Tokenizer(tmp_path / name)
+            tokenizer.open_tokenizer(tmp_path / name)
     with pytest.raises(UserError, match="expected path or builtin"):
         tokenizer.load_tokenizer(TokenizerConfig(train_vocab_size=500))
 
@@ -152,7 +152,7 @@ def test_tool_reads_text_and_json_lines(tmp_path, trained):
     inputs = (tmp_path / "a.jsonl.gz", tmp_path / "b.txt")
     done = call_tool("--vocab_size=420", f"--output={output}", *inputs)
     assert done.returncode == 0, done.stderr
-    assert tokenizer.Tokenizer(output).fingerprint == trained.fingerprint
+    assert tokenizer.open_tokenizer(output).fingerprint == trained.fingerprint
 
 
 def test_tool_refuses_bad_input_in_one_line(tmp_path):

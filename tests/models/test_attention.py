@@ -7,7 +7,7 @@ import pytest
 
 from danube_jax.errors import UserError
 from danube_jax.models import attention as attention_lib
-from danube_jax.models.attention import attention
+from danube_jax.models.attention import attention, cached_attention
 
 CPU_BACKENDS = ("xla", "blocked", "auto")
 
@@ -83,13 +83,23 @@ def test_blocked_takes_any_length(length):
     np.testing.assert_allclose(out, reference(q, k, v, window=5), **TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", ["xla", "auto"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_decoding_from_a_cache(backend, window):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_over_a_cache(window, dtype):
     q, k, v = make_inputs(2, 4, 2, key_length=12)
-    positions = jnp.array([[3, 4], [10, 11]])
-    out = attention(q, k, v, sliding_window=window, query_positions_BT=positions, backend=backend)
-    np.testing.assert_allclose(out, reference(q, k, v, window, None, positions), **TOLERANCE)
+    positions = np.array([[3, 4], [10, 11]])
+    keys = np.arange(12)
+    visible = keys <= positions[..., None]
+    if window is not None:
+        visible &= keys > positions[..., None] - window
+    bias = np.where(visible, 0.0, -1e30).astype(np.float32)
+    cached = (k.transpose(0, 2, 3, 1).astype(dtype), v.swapaxes(1, 2).astype(dtype))
+    out = jax.jit(cached_attention)(q.astype(dtype), *cached, bias)
+    assert out.dtype == dtype
+    # Queries, keys, values, probabilities and the output are rounded to bfloat16 (2^-9 each).
+    tolerance = TOLERANCE if dtype == jnp.float32 else {"rtol": 2**-6, "atol": 2**-5}
+    expected = reference(q, k, v, window, None, positions)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, **tolerance)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -145,7 +155,6 @@ def test_bfloat16_in_bfloat16_out():
         ({}, jnp.float32, 16, "gpu", "bfloat16 or float16, not float32"),
         ({}, jnp.bfloat16, 10, "gpu", "multiples of 8 up to 256, not 10"),
         ({"segment_ids_BT": jnp.ones((2, 6), int)}, jnp.bfloat16, 16, "gpu", "segment ids"),
-        ({"query_positions_BT": jnp.ones((2, 6), int)}, jnp.bfloat16, 16, "gpu", "a cache"),
     ],
 )
 def test_cudnn_refuses_with_the_reason(options, dtype, size, platform, reason, monkeypatch):
@@ -161,15 +170,10 @@ def test_cudnn_refuses_with_the_reason(options, dtype, size, platform, reason, m
 
 def test_other_refusals():
     q, k, v = make_inputs(6, 4, 2)
-    positions = jnp.zeros((2, 6), int)
-    with pytest.raises(UserError, match="cannot decode"):
-        attention(q, k, v, query_positions_BT=positions, backend="blocked")
     with pytest.raises(UserError, match="expected one of"):
         attention(q, k, v, backend="flash")
-    with pytest.raises(UserError, match="S must equal T"):
+    with pytest.raises(UserError, match="as many keys as queries"):
         attention(q[:, :3], k, v)
-    with pytest.raises(UserError, match="cannot be combined"):
-        attention(q, k, v, query_positions_BT=positions, segment_ids_BT=positions)
     with pytest.raises(UserError, match="evenly"):
         attention(q[:, :, :3], k, v)
     with pytest.raises(UserError, match="do not fit"):

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_mapping import params_from_hf
 
 from danube_jax.config import ATTENTION_BACKENDS, ModelConfig
+from danube_jax.interop.hf_weights import params_from_hf
 from danube_jax.models import decoder as decoder_lib
 from danube_jax.models.decoder import Decoder
 
@@ -224,28 +225,43 @@ def test_segments_and_positions_make_packed_documents_independent():
     np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_cached_decoding_equals_the_full_forward_pass(window):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="fresh")
+def decode(decoder, params, *inputs, fresh=False):
+    def states_and_logits(decoder):
+        h, cache = decoder.decode_states(*inputs, fresh=fresh)
+        return decoder.logits(h), cache
+
+    return nn.apply(states_and_logits, decoder)({"params": params})
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("window", "slots"), [(None, 24), (4, 24), (4, 8)])
+def test_cached_decoding_equals_the_full_forward_pass(window, slots, ragged):
+    """A fresh chunk, a chunk on top of it that is padded on the right, then single tokens."""
     config = small(sliding_window=window)
     decoder = Decoder(config)
     params = decoder_lib.init_params(config, jax.random.key(0))
-    lengths, steps = np.array([9, 3]), 5  # ragged prompts, padded on the right
-    tokens = random_tokens(config, 2, lengths.max() + steps)
-    full = apply(decoder, params, tokens)
+    chunk, length = 5, 18
+    padding = np.array([0, 3]) if ragged else np.array([0, 0])
+    tokens = random_tokens(config, 2, length)
+    full = [
+        apply(decoder, params, row[None, start:])
+        for row, start in zip(tokens, padding, strict=True)
+    ]
 
-    prompts = tokens[:, : lengths.max()].copy()
-    prompts[1, lengths[1] :] = 66  # padding, which must stay invisible
-    cache = decoder_lib.init_cache(config, 2, lengths.max() + steps, jnp.float32)
-    positions = np.tile(np.arange(lengths.max()), (2, 1))
-    logits, cache = apply(decoder, params, prompts, positions, cache, method="decode")
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-5)
-    rows = np.arange(2)
-    for step in range(steps):
-        positions = (lengths + step)[:, None]
-        last = tokens[rows, positions[:, 0]][:, None]
-        logits, cache = apply(decoder, params, last, positions, cache, method="decode")
-        np.testing.assert_allclose(logits[:, 0], full[rows, positions[:, 0]], atol=1e-5)
+    cache = decoder_lib.init_cache(config, 2, slots, jnp.float32)
+    passed = padding if ragged else None
+    time, found = 0, []
+    for width, new in ((chunk, chunk), (chunk, 3), *[(1, 1)] * 10):
+        fed = tokens[:, time : time + width].copy()
+        fed[:, new:] = 66  # padding, which must stay invisible
+        logits, cache = decode(decoder, params, fed, cache, time, passed, fresh=time == 0)
+        found.append(logits[:, :new])
+        time += new
+    assert time == length
+    found = np.concatenate(found, axis=1)
+    for row, start in enumerate(padding):
+        np.testing.assert_allclose(found[row, start:], full[row][0], atol=1e-5)
 
 
 def test_gradients_of_a_frequent_token_are_summed_in_float32():

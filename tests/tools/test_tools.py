@@ -5,7 +5,15 @@ import json
 import pytest
 from helpers import ROOT, command
 
-TOOLS = ("plan", "train_tokenizer", "bench_data", "bench_train")
+TOOLS = (
+    "plan",
+    "train_tokenizer",
+    "bench_data",
+    "bench_train",
+    "bench_convert",
+    "convert_from_hf",
+    "convert_to_hf",
+)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -48,7 +56,7 @@ def test_bench_train_measures_ours_and_the_peer(tmp_path):
 
 
 def test_train_tokenizer_makes_a_model_that_reads_back_its_text(tmp_path):
-    from danube_jax.data.tokenizer import Tokenizer
+    from danube_jax.data.tokenizer import open_tokenizer
 
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "README.md").read_text() + (ROOT / "LICENSE").read_text())
@@ -57,7 +65,7 @@ def test_train_tokenizer_makes_a_model_that_reads_back_its_text(tmp_path):
         "--vocab_size=600", f"--output={output}", str(text), module="tools/train_tokenizer.py"
     )
     assert result.returncode == 0, result.stderr
-    tokenizer = Tokenizer(output)
+    tokenizer = open_tokenizer(output)
     sentence = "The same command goes on\n  where it stopped: 12 %, 日本."
     assert tokenizer.vocab_size == 600
     assert tokenizer.decode(tokenizer.encode(sentence)) == sentence

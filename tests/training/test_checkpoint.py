@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from danube_jax.array_checksums import checksums, host_checksum
 from danube_jax.config import CheckpointConfig
 from danube_jax.errors import UserError
-from danube_jax.training.checkpoint import Checkpointer, checksums
+from danube_jax.training.checkpoint import Checkpointer
 
 STATE = {"w": jnp.arange(48, dtype=jnp.float32).reshape(8, 6), "n": jnp.int32(3)}
 ABSTRACT = jax.tree.map(
@@ -30,6 +31,15 @@ def test_every_single_bit_flip_changes_the_checksum(dtype):
         flipped = words.copy()
         flipped[index] ^= words.dtype.type(1 << rng.integers(0, 8 * array.dtype.itemsize))
         assert int(checksums(jnp.asarray(flipped.view(array.dtype)))) != before
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("shape", [(3,), (1, 5), (411, 5_170), (3, 700_000)])
+def test_checksum_on_the_host_is_the_same(dtype, shape):
+    array = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    assert host_checksum(array) == int(checksums(jnp.asarray(array)))
+    if len(shape) == 2:
+        assert host_checksum(array.T) == int(checksums(jnp.asarray(array.T)))
 
 
 def test_swapped_values_change_the_checksum():

@@ -16,7 +16,7 @@ from danube_jax.data.corpus import builtin
 from danube_jax.data.corpus.builtin import Document
 from danube_jax.data.token_store import TokenStore, is_finished
 from danube_jax.data.token_store_writer import TokenStoreWriter
-from danube_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from danube_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, train_bpe
 from danube_jax.errors import UserError
 
 PLAN = "preparation.json"
@@ -36,7 +36,7 @@ class PreparedData:
     Attributes:
       train: source name → folder of its training store.
       heldout: source name → folder of its held-out store, for sources that have one.
-      tokenizer: the SentencePiece model file.
+      tokenizer: the tokenizer's file or folder.
     """
 
     train: Mapping[str, str]
@@ -78,6 +78,8 @@ def prepare_builtin(run: RunConfig, directory: str | Path) -> PreparedData:
     prepared = _resolve(run, directory, model)
     if not chosen:
         return prepared
+    if tokenizer is not None:
+        tokenizer.framing()  # refuses a tokenizer that cannot tell documents apart
     settings = {
         "version": PLAN_VERSION,
         "sources": chosen,
@@ -86,7 +88,7 @@ def prepare_builtin(run: RunConfig, directory: str | Path) -> PreparedData:
     }
     plan = _read_plan(directory, settings)
     stores = {(name, part): directory / name / part for name in chosen for part in PARTS}
-    if plan and model.is_file() and all(map(is_finished, stores.values())):
+    if plan and model.exists() and all(map(is_finished, stores.values())):
         _say(f"data: already prepared in {directory}")
         return prepared
     split = _split_documents(chosen, run.data.heldout_fraction)
@@ -236,7 +238,7 @@ def _trained_tokenizer(
     path: Path, vocab_size: int, split: Mapping[tuple[str, str], list[Document]]
 ) -> Tokenizer:
     if path.is_file():
-        return Tokenizer(path)
+        return open_tokenizer(path)
     texts = [text.text for (_, part), group in split.items() if part == "train" for text in group]
     megabytes = sum(map(len, texts)) / 1e6
     _say(f"data: training a tokenizer of {vocab_size:,} ids on {megabytes:.1f} M characters")
@@ -252,7 +254,7 @@ def _write_store(
             "repeated paragraphs dropped",
             "held-out documents split off by hash, without near copies of training text",
             "documents shuffled by hash",
-            "each framed by BOS and EOS",
+            f"each framed by {tokenizer.framing()}",
         ],
         "python": sys.version.split()[0],
     }

@@ -1,0 +1,247 @@
+"""Tokenizers in Hugging Face's files, read by transformers without network and without PyTorch."""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from danube_jax import files as file_tools
+from danube_jax.data.sentencepiece_tokenizer import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    SPACE,
+    read_chat_template,
+    read_tokenizer_config,
+)
+from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer
+from danube_jax.errors import UserError
+
+TOKENIZER_JSON = "tokenizer.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ORIGIN = "danube_jax"  # key in tokenizer_config.json: checksums of the files our export wrote
+# Files that hold a vocabulary; the first ones are the usual ones.
+DEFINING_FILES = (
+    TOKENIZER_JSON,
+    MODEL_FILE,
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "added_tokens.json",
+    SPECIAL_TOKENS_MAP,
+)
+GENERIC_CLASS = "PreTrainedTokenizerFast"  # both transformers 4 and 5 know it by this name
+GENERIC_CLASSES = (GENERIC_CLASS, "TokenizersBackend")
+# Keys of tokenizer_config.json that do not bear on text → ids.
+_OTHER_KEYS = {
+    *("chat_template", "model_max_length", "padding_side", "name_or_path", "tokenizer_class"),
+    *("backend", "is_local", "local_files_only", "transformers_version", "tokenizer_file"),
+    *("extra_special_tokens", "additional_special_tokens", ORIGIN),  # tokenizer.json has them
+}
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """What transformers makes of a folder, or of a `tokenizer.json`."""
+
+    def __init__(self, path: str | os.PathLike):
+        """Loads a folder that `AutoTokenizer` reads, or a `tokenizer.json` file.
+
+        A `tokenizer.json` with a `tokenizer_config.json` beside it is read with it; alone, it has
+        neither BOS nor EOS.
+
+        Raises:
+          UserError: nothing there, damaged, or a tokenizer that needs code of its own.
+        """
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UserError(
+                f"{self.path}: no such file or folder; expected a Hugging Face tokenizer"
+            )
+        self._folder = self.path if self.path.is_dir() else None
+        beside = self.path.parent
+        if self.path.name == TOKENIZER_JSON and (beside / CONFIG_FILE).is_file():
+            self._folder = beside
+        config = read_tokenizer_config(self._folder) if self._folder else {}
+        loaded = _load(self.path, self._folder, config)
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(
+                f"{self.path}: {type(loaded).__name__} is not backed by the tokenizers library; "
+                "expected a folder with a tokenizer.json"
+            )
+        self._markup, self._plain = copy.deepcopy(backend), copy.deepcopy(backend)
+        for tokenizer, plain in ((self._markup, False), (self._plain, True)):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.encode_special_tokens = plain
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not self.vocab_size:
+            raise UserError(f"{self.path}: the vocabulary is empty; expected a tokenizer")
+        self.bos_id, self.eos_id = loaded.bos_token_id, loaded.eos_token_id
+        candidates = (loaded.pad_token_id, loaded.unk_token_id, self.eos_id, 0)
+        self.pad_id = next(i for i in candidates if i is not None)
+        added = backend.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} | set(loaded.all_special_ids)
+        self.special_ids = frozenset(special)
+        self.special_tokens = {
+            name: token
+            for name, token in loaded.special_tokens_map.items()
+            if isinstance(token, str)
+        }
+        template = loaded.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        self.chat_template = template
+        if template is None and self._folder is not None:
+            self.chat_template = read_chat_template(self._folder, config)
+        self.adds_bos = self.bos_id is not None and self.encode_prompt("a")[:1] == [self.bos_id]
+        self.fingerprint = self._fingerprint(config)
+
+    def _fingerprint(self, config: dict) -> str:
+        """SHA-256 over what bears on text → ids; chat template and context length do not."""
+        sums = {
+            name: hashlib.sha256(data).hexdigest()
+            for name, data in self.files().items()
+            if name in DEFINING_FILES and name != SPECIAL_TOKENS_MAP
+        }
+        essential = {
+            key: value
+            for key, value in config.items()
+            if key not in _OTHER_KEYS and not key.endswith("_token")
+        }
+        kind = config.get("tokenizer_class", GENERIC_CLASS)
+        kind = GENERIC_CLASS if kind in GENERIC_CLASSES else kind
+        return file_tools.sha256_json(
+            {
+                "files": sums,
+                "config": essential | {"tokenizer_class": kind},
+                "frame": [self.bos_id, self.eos_id, self.adds_bos],
+                "special": sorted(self.special_ids),
+            }
+        )
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        return self._frame(ids, bos, eos)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, bos: bool = False, eos: bool = False, threads: int = 0
+    ) -> list[list[int]]:
+        if threads == 1:
+            return [self.encode(text, bos=bos, eos=eos) for text in texts]
+        encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._frame(one.ids, bos, eos) for one in encoded]
+
+    def encode_markup(self, text: str) -> list[int]:
+        return self._markup.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._markup.encode(text).ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in self.special_ids]
+        return self._markup.decode(known)
+
+    def piece(self, token_id: int) -> str:
+        return self._markup.id_to_token(int(token_id)) or ""
+
+    def token_byte_lengths(self) -> np.ndarray:
+        return self._byte_lengths.copy()
+
+    @functools.cached_property
+    def _byte_lengths(self) -> np.ndarray:
+        spec = json.loads(self._markup.to_str())
+        kinds = set(_types(spec["decoder"])) | set(_types(spec["pre_tokenizer"]))
+        pieces = "Metaspace" in kinds or SPACE in json.dumps(spec["decoder"], ensure_ascii=False)
+        if "ByteLevel" not in kinds and not pieces:
+            raise UserError(
+                f"{self.path}: cannot tell how many bytes a token stands for; expected byte-level "
+                "BPE or a tokenizer in the manner of SentencePiece"
+            )
+        added = {token["id"] for token in spec["added_tokens"]}
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for i in set(range(self.vocab_size)) - self.special_ids:
+            piece = self.piece(i)
+            if i in added:
+                lengths[i] = len(piece.encode())
+            elif "ByteLevel" in kinds:
+                lengths[i] = len(piece)  # one character a byte
+            elif _BYTE_PIECE.fullmatch(piece) and "ByteFallback" in kinds:
+                lengths[i] = 1
+            else:
+                lengths[i] = len(piece.replace(SPACE, " ").encode())
+        return lengths
+
+    def files(self) -> dict[str, bytes]:
+        if self._folder is None:
+            out = {TOKENIZER_JSON: self.path.read_bytes()}
+        else:
+            names = (*DEFINING_FILES, CONFIG_FILE)
+            found = [self._folder / name for name in names]
+            out = {path.name: path.read_bytes() for path in found if path.is_file()}
+        if self.chat_template is not None:
+            out[CHAT_TEMPLATE_FILE] = self.chat_template.encode()
+        elif CONFIG_FILE in out:
+            config = json.loads(out[CONFIG_FILE])
+            if config.pop("chat_template", None) is not None:
+                out[CONFIG_FILE] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+        return out
+
+
+def is_made_of_sentencepiece(folder: Path) -> bool:
+    """Whether our own export made `tokenizer.json` from `tokenizer.model`, and neither changed."""
+    origin = read_tokenizer_config(folder).get(ORIGIN)
+    names = (MODEL_FILE, TOKENIZER_JSON)
+    return isinstance(origin, dict) and all(
+        (folder / name).is_file() and file_tools.sha256_file(folder / name) == origin.get(name)
+        for name in names
+    )
+
+
+def _load(path: Path, folder: Path | None, config: dict) -> Any:
+    """The object of transformers, without network."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        if folder is None:
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        if "auto_map" in config:
+            raise UserError(
+                f"{folder}: the tokenizer needs Python code of its own (auto_map), which is not "
+                "run; expected a plain tokenizer.json"
+            )
+        if config.get("tokenizer_class") in GENERIC_CLASSES:
+            # What AutoTokenizer takes for these, without the import of PyTorch.
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: cannot be read as a tokenizer ({reason}); expected files that transformers' "
+            "AutoTokenizer loads"
+        ) from None
+
+
+def _types(node: Any) -> list[str]:
+    """The types of a node of tokenizer.json and of all nodes in it."""
+    if isinstance(node, dict):
+        inner = [kind for value in node.values() for kind in _types(value)]
+        return [node["type"], *inner] if isinstance(node.get("type"), str) else inner
+    if isinstance(node, list):
+        return [kind for item in node for kind in _types(item)]
+    return []
