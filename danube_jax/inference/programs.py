@@ -18,7 +18,8 @@ from danube_jax.inference.sampling import (
     draw_tokens,
     process_logits,
 )
-from danube_jax.models.decoder import Decoder, KVCache, Params
+from danube_jax.models.decoder import Decoder, Params
+from danube_jax.models.kv_cache import KVCache
 
 NO_TOKEN = -1  # what a finished row draws; also a stop token that is never drawn
 BLOCK_TOKENS = 128  # most tokens of a row that one dispatch of the decoding loop draws

@@ -16,7 +16,8 @@ from danube_jax.inference import programs
 from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig, SamplingPlan, SamplingValues
 from danube_jax.interop.hf_weights import params_from_hf
-from danube_jax.models.decoder import Decoder, init_cache, init_params
+from danube_jax.models.decoder import Decoder, init_params
+from danube_jax.models.kv_cache import init_cache
 
 CONFIG = ModelConfig(
     vocab_size=67,
@@ -293,7 +294,8 @@ def test_decoding_writes_its_cache_in_place(params):
     memory = programs.advance.lower(*arguments).compile().memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes / 4  # less than one of its four arrays
+    # The scores take under a quarter; a copy of one of the cache's four arrays would add another.
+    assert memory.temp_size_in_bytes < cache_bytes / 3
 
 
 def test_bfloat16(params):

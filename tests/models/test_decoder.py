@@ -13,6 +13,7 @@ from danube_jax.config import ATTENTION_BACKENDS, ModelConfig
 from danube_jax.interop.hf_weights import params_from_hf
 from danube_jax.models import decoder as decoder_lib
 from danube_jax.models.decoder import Decoder
+from danube_jax.models.kv_cache import init_cache
 
 SMALL = ModelConfig(
     vocab_size=67,
@@ -249,7 +250,7 @@ def test_cached_decoding_equals_the_full_forward_pass(window, slots, ragged):
         for row, start in zip(tokens, padding, strict=True)
     ]
 
-    cache = decoder_lib.init_cache(config, 2, slots, jnp.float32)
+    cache = init_cache(config, 2, slots, jnp.float32)
     passed = padding if ragged else None
     time, found = 0, []
     for width, new in ((chunk, chunk), (chunk, 3), *[(1, 1)] * 10):
