@@ -20,14 +20,14 @@ def get_config():
     config.data.heldout_fraction = 0.1
     config.rounds = (
         tuning_round(
-            name="sentences", sources=("sentences",), epochs=2.0, context_length=256, batch_size=4
+            name="sentences", sources=("sentences",), epochs=1.0, context_length=256, batch_size=4
         ),
     )
     config.lora.rank, config.lora.alpha = 8, 16.0
-    config.dpo.beta = 0.1
+    config.dpo.beta = 0.2
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 1e-3
+    optimizer.learning_rate = 4e-4
     optimizer.final_learning_rate = 0.0
     optimizer.warmup_fraction = 0.1
     optimizer.b2 = 0.99
@@ -35,8 +35,8 @@ def get_config():
 
     config.training.log_every = 10
     config.evaluation.at_start = True
-    config.evaluation.every_steps = 50
-    config.checkpoint.every_steps = 50
+    config.evaluation.every_steps = 25
+    config.checkpoint.every_steps = 25
     config.samples.prompts = (
         "What colour is a banana?",
         "What is the capital of Austria?",
