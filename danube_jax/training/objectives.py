@@ -19,7 +19,12 @@ from danube_jax.config import DpoConfig
 from danube_jax.models.decoder import Decoder, head_kernel
 from danube_jax.models.lora import COLLECTION, LoraConfig, adapter_collection
 from danube_jax.training.losses import chunked_cross_entropy, token_nll
-from danube_jax.training.preference_loss import answer_sums, preference_losses, share_preferred
+from danube_jax.training.preference_loss import (
+    answer_sums,
+    preference_losses,
+    reward_rounding,
+    share_preferred,
+)
 
 Batch = Mapping[str, jax.Array]
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -125,8 +130,9 @@ def preference_optimization(
     `frozen` weights, adapters left out, in the same precision.
 
     The sums, all over pairs: `reward_chosen`, `reward_rejected`, `margin` (their difference),
-    `accuracy` (margin above 0; a half where it is 0), `log_prob_chosen`, `log_prob_rejected` (the
-    policy's), `likelihood_accuracy` (chosen likelier than rejected, with no reference).
+    `accuracy` (margin above 0; a half where it is 0 but for rounding), `log_prob_chosen`,
+    `log_prob_rejected` (the policy's), `likelihood_accuracy` (chosen likelier than rejected, with
+    no reference).
     """
     policy = Policy(decoder, lora, seed)
 
@@ -144,11 +150,12 @@ def preference_optimization(
         tokens_BP2 = answer_sums(batch["weights"], batch["segment_ids"], pairs_BP.shape[1])
         loss_BP, rewards_BP2 = preference_losses(policy_BP2, reference_BP2, tokens_BP2, config)
         chosen_BP, rejected_BP = rewards_BP2[..., 0], rewards_BP2[..., 1]
+        rounding_BP = reward_rounding(policy_BP2, config.beta)
         metrics = {
             "reward_chosen": chosen_BP,
             "reward_rejected": rejected_BP,
             "margin": chosen_BP - rejected_BP,
-            "accuracy": share_preferred(chosen_BP, rejected_BP),
+            "accuracy": share_preferred(chosen_BP, rejected_BP, rounding_BP),
             "log_prob_chosen": policy_BP2[..., 0],
             "log_prob_rejected": policy_BP2[..., 1],
             "likelihood_accuracy": share_preferred(policy_BP2[..., 0], policy_BP2[..., 1]),

@@ -53,6 +53,20 @@ def answer_sums(values_BT: jax.Array, segment_ids_BT: jax.Array, pairs: int) -> 
     return sums[:, 1:].reshape(-1, pairs, 2)
 
 
-def share_preferred(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """1 where chosen is the larger, 0 where rejected is, and a half where they are equal."""
-    return 0.5 * (1.0 + jnp.sign(chosen - rejected))
+def share_preferred(
+    chosen: jax.Array, rejected: jax.Array, rounding: jax.Array | float = 0.0
+) -> jax.Array:
+    """1 where chosen is the larger, 0 where rejected is; a half where they are equal.
+
+    Equal is what differs by `rounding` at most.
+    """
+    difference = chosen - rejected
+    return jnp.where(jnp.abs(difference) <= rounding, 0.5, 0.5 * (1.0 + jnp.sign(difference)))
+
+
+def reward_rounding(policy_N2: jax.Array, beta: float) -> jax.Array:
+    """What float32 rounding of log-probabilities may do to a pair's margin; [N].
+
+    So that a policy that is still its reference is right about no pair, and wrong about none.
+    """
+    return beta * 2.0**-20 * jnp.max(jnp.abs(policy_N2), axis=-1)
