@@ -104,6 +104,9 @@ def tune(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
         status = run_task(task, stop)
         if status:
             return status
+        if i < len(tasks) - 1 and not is_complete(task.workdir, task.schedule.total_steps):
+            info("the next round begins when this one is complete")
+            break
     return 0
 
 
