@@ -129,6 +129,7 @@ class ChatConfig:
     """How conversations become tokens; tuning only."""
 
     template: str = ""  # danube, danube2, danube3 or a Jinja file; '': the tokenizer's, else danube
+    system_text: str = "keep"  # or 'drop', or 'merge' into the question, for templates without one
     tokenization: str = "joint"  # or 'separate': prompts and answers each on their own
     mask_prompt: bool = True  # train on answers only
     max_length: int | None = None  # tokens of an example; None: what fits a row

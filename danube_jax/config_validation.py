@@ -21,6 +21,7 @@ NEW_ROWS = ("init", "old_statistics")
 BUILTIN_SOURCES = ("language_reference", "docstrings", "package_descriptions")
 TUNING_SOURCES = {"sft": ("chat",), "dpo": ("preferences",)}
 CHAT_CHOICES = {
+    "system_text": ("keep", "drop", "merge"),
     "tokenization": ("joint", "separate"),
     "truncation": ("drop", "left", "right"),
     "packing": ("best_fit", "none"),

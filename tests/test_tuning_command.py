@@ -8,6 +8,9 @@ from test_command_line import assert_one_line
 from tiny_folder import write_tiny_folder
 from tuning_config import conversation_rows, load_config, tune, write_config, write_rows
 
+from danube_jax.config import parse_config, phase, source
+from danube_jax.errors import UserError
+
 GOOD = json.dumps(conversation_rows()[0]).encode() + b"\n"
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -40,10 +43,7 @@ CASES = {
         [],
         "line 1: one-sided preference: there is no rejected answer",
     ),
-    "no reference": ("dpo", GOOD, ["--config.init_from.path="], "config.init_from"),
     "too long": ("sft", GOOD, ["--config.rounds[0].context_length=999"], "a context_length of 999"),
-    "unknown source": ("sft", GOOD, ["--config.rounds[0].sources=('x',)"], "rounds[0].sources"),
-    "projection": ("sft", GOOD, ["--config.lora.rank=1", "--config.lora.targets=('x',)"], "'x'"),
 }
 
 
@@ -69,16 +69,50 @@ def test_adapters_that_do_not_fit_their_base(base, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", conversation_rows())
     path = write_config(tmp_path / "c.py", objective="sft", base=base, data=rows)
     config = load_config(path)
-    config.lora.rank = 2
+    config.lora.rank, config.rounds[0].batch_size = 2, 8
     config.evaluation.at_start, config.samples.prompts = False, ()
     adapters = tune(config, tmp_path / "adapters", max_steps=1)
     meta = adapters / "checkpoints" / "1" / "meta" / "metadata"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"lora": _other_rank(meta)}))
     result = command(
-        f"--config={path}", f"--workdir={tmp_path / 'run'}", f"--config.init_from.path={adapters}"
+        f"--config={path}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.init_from.path={adapters}",
     )
     assert_one_line(result, "the adapters do not fit the base")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "change", "message"),
+    [
+        ("dpo", {"init_from.path": "", "init_from.model_from_source": False}, "DPO's reference"),
+        ("sft", {"rounds": ()}, "config.rounds"),
+        ("sft", {"phases": (phase(name="x"),)}, "config.phases"),
+        ("sft", {"objective": "ppo"}, "one of pretrain, sft, dpo"),
+        ("sft", {"chat.tokenization": "apart"}, "one of joint, separate"),
+        ("dpo", {"dpo.loss": "ipo", "dpo.label_smoothing": 0.1}, "0 for ipo"),
+        ("dpo", {"dpo.beta": 0.0}, "config.dpo.beta"),
+        ("sft", {"data.sources": {"rows": source(builtin="preferences")}}, "one of chat"),
+        ("sft", {"data.sources": {"other": source(path="x")}}, r"config.rounds\[0\].sources"),
+        ("sft", {"init_from.take": "weights_and_optimizer"}, "config.init_from.take"),
+    ],
+)
+def test_impossible_configs(objective, change, message, tmp_path):
+    path = write_config(tmp_path / "c.py", objective=objective, base=tmp_path, data=tmp_path)
+    config = load_config(path)
+    with config.unlocked():
+        config.update_from_flattened_dict({k: v for k, v in change.items() if k != "data.sources"})
+        config.data.sources = change.get("data.sources", config.data.sources)
+    with pytest.raises(UserError, match=message):
+        parse_config(config)
+
+
+def test_pretraining_has_no_rounds_and_no_adapters(corpus):
+    config = load_config(corpus.config)
+    config.lora.rank = 2
+    with pytest.raises(UserError, match="LoRA is for sft and dpo"):
+        parse_config(config)
 
 
 def _other_rank(meta):

@@ -68,6 +68,7 @@ class Dropped:
     too_long: int = 0
     nothing_to_train: int = 0
     shortened: int = 0  # kept, but cut
+    refused: int = 0  # by the template
 
     def describe(self) -> str:
         """A phrase for the user; '' where nothing happened."""
@@ -76,6 +77,8 @@ class Dropped:
             parts.append(f"{self.too_long:,} too long, dropped")
         if self.nothing_to_train:
             parts.append(f"{self.nothing_to_train:,} without a token to train on, dropped")
+        if self.refused:
+            parts.append(f"{self.refused:,} refused by the chat template, dropped")
         if self.shortened:
             parts.append(f"{self.shortened:,} shortened")
         return ", ".join(parts)

@@ -229,6 +229,19 @@ def check_turns(messages: Sequence[Message], *, name: str = "messages") -> Conve
     return tuple(messages)
 
 
+def place_system_text(messages: Conversation, how: str) -> Conversation:
+    """A conversation whose system text is kept ('keep'), left out ('drop'), or put before the first
+    question, with an empty line between ('merge').
+    """
+    if how == "keep" or not messages or messages[0]["role"] != "system":
+        return messages
+    system, *rest = messages
+    if how == "merge" and rest:
+        text = f"{system['content']}\n\n{rest[0]['content']}"
+        rest[0] = {"role": rest[0]["role"], "content": text}
+    return tuple(rest)
+
+
 def check_conversation(messages: Sequence[Message], *, name: str = "messages") -> Conversation:
     """`check_turns`; a question at the end that nobody answered is left out.
 

@@ -17,7 +17,11 @@ from danube_jax.console import info, progress, warn
 from danube_jax.data import builtin_chat, chat, permutation
 from danube_jax.data.chat_examples import ChatEncoder, Dropped, Example, ExamplePair
 from danube_jax.data.conversations import FORMATS as CONVERSATION_FORMATS
-from danube_jax.data.conversations import Conversation, read_conversations
+from danube_jax.data.conversations import (
+    Conversation,
+    place_system_text,
+    read_conversations,
+)
 from danube_jax.data.loader import micro_batches
 from danube_jax.data.packing import Batch, Packed, pack_examples, pack_pairs
 from danube_jax.data.phases import Phase, PhaseSchedule
@@ -83,14 +87,14 @@ def open_tuning_data(run: RunConfig, tokenizer: Tokenizer) -> TuningData:
     heldout: dict[str, tuple[Item, ...]] = {}
     for name in row.sources:
         raw, kept_back = _read_source(run, name)
-        train[name] = _encode(encoder, name, raw)
+        train[name] = _encode(run, encoder, name, raw)
         if not train[name]:
             raise UserError(
                 f"config.data.sources.{name}: no example is left to train on; expected some that "
                 f"fit {encoder.max_length} tokens and have an answer (config.chat.max_length, "
                 "config.chat.truncation)"
             )
-        if kept_back and (items := _encode(encoder, f"{name}, held out", kept_back)):
+        if kept_back and (items := _encode(run, encoder, f"{name}, held out", kept_back)):
             heldout[name] = tuple(items)
     items = tuple(item for part in train.values() for item in part)
     lengths = [item.length for item in items]
@@ -183,24 +187,34 @@ def _hash(text: str) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def _encode(encoder: ChatEncoder, name: str, raw: Sequence[Raw]) -> list[Item]:
+def _encode(run: RunConfig, encoder: ChatEncoder, name: str, raw: Sequence[Raw]) -> list[Item]:
     dropped, out = Dropped(), []
     with progress(f"tokenizing {name}", len(raw), "examples") as advance:
         for one in raw:
+            advance(1)
+            one = _with_system_text(one, run.chat.system_text)
             encode = encoder.pair if isinstance(one, PreferencePair) else encoder.example
             try:
                 item = encode(one, dropped)
             except UserError as error:
+                if run.chat.on_bad_row == "skip":
+                    dropped.refused += 1
+                    continue
                 raise UserError(
                     f"config.data.sources.{name}: {error} (an example that begins with "
                     f"{_question(one)[:60]!r})"
                 ) from None
             if item is not None:
                 out.append(item)
-            advance(1)
     note = dropped.describe()
     info(f"{name}: {len(out):,} examples{f' ({note})' if note else ''}")
     return out
+
+
+def _with_system_text(raw: Raw, how: str) -> Raw:
+    if isinstance(raw, PreferencePair):
+        return dataclasses.replace(raw, prompt=place_system_text(raw.prompt, how))
+    return place_system_text(raw, how)
 
 
 def _schedule(row: RoundConfig, rows: int, examples: Mapping[str, int]) -> PhaseSchedule:
@@ -272,6 +286,13 @@ class RowSource(grain.sources.RandomAccessDataSource):
             raise UserError(f"{devices} devices are not the same number on {process_count} hosts")
         self._data, self._seed = data, run.training.seed
         self._phase = data.schedule.phases[0]
+        if self._phase.sequences % devices:
+            nearest = max(1, round(self._phase.sequences / devices)) * devices
+            raise UserError(
+                f"config.rounds: the batch_size of {self._phase.sequences} in round "
+                f"{self._phase.name!r} cannot be split over {devices} devices; expected a "
+                f"multiple, such as {nearest}"
+            )
         self._cut = micro_batches(run, self._phase, devices)
         self._process_index, self._process_count = process_index, process_count
         self._packing, self._reference = run.chat.packing, reference

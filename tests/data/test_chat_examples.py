@@ -147,7 +147,7 @@ def test_truncation(pieces):
         kept = slice(10, None) if truncation == "left" else slice(size)
         np.testing.assert_array_equal(example.ids, whole.ids[kept])
         np.testing.assert_array_equal(example.mask, whole.mask[kept])
-    assert counts == {"drop": (1, 0, 0), "left": (0, 0, 1), "right": (0, 0, 1)}
+    assert counts == {"drop": (1, 0, 0, 0), "left": (0, 0, 1, 0), "right": (0, 0, 1, 0)}
     # Cut before the first answer begins, nothing is left to train on.
     dropped = Dropped()
     short = ChatEncoder(tokenizer, max_length=5, truncation="right")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from danube_jax.data.conversations import read_conversations
+from danube_jax.data.conversations import place_system_text, read_conversations
 from danube_jax.data.preferences import read_preferences
 from danube_jax.errors import UserError
 
@@ -48,6 +48,15 @@ def test_inputs_systems_named_columns_and_multiple_turns(tmp_path):
     assert found == [({"role": "system", "content": "kurz"}, *QA)]
     found, _ = read_conversations(write(tmp_path / "c.jsonl", [{"messages": [*QA, *QA]}]))
     assert found == [QA + QA]
+
+
+def test_system_texts_can_be_left_out_or_merged_into_the_question():
+    whole = ({"role": "system", "content": "S"}, *QA)
+    assert place_system_text(whole, "keep") == whole
+    assert place_system_text(whole, "drop") == QA
+    merged = place_system_text(whole, "merge")
+    assert merged == ({"role": "user", "content": "S\n\nQ"}, QA[1])
+    assert place_system_text(QA, "merge") == QA
 
 
 def test_parquet_gzip_json_and_folders(tmp_path):
