@@ -2,8 +2,8 @@
 
 The report (arXiv 2401.16818, section 7) says that its chat model followed the concepts of the first
 one, without figures: data and hyperparameters are those of `danube_sft`. Danube2's own are the
-tokenizer, context 8,192, no sliding window, and a chat template that refuses a system text, which here is
-merged into the first question.
+tokenizer, context 8,192, no sliding window, and a chat template that refuses a system text,
+which here is merged into the first question.
 """
 
 from danube_jax.config import base_config, source, tuning_round

@@ -159,6 +159,9 @@ def test_adapters_export_as_a_peft_folder_with_the_same_logits(rounds, tmp_path)
     assert exported.comparison.max_difference < 1e-3
     merged = export_model(source, tmp_path / "merged", ExportOptions("float32"))
     assert merged.comparison.max_difference < 1e-3
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| preference loss | sigmoid, beta 0.1 |" in card
+    assert "Held-out preferences" in card
 
 
 def test_a_cached_reference_trains_alike_and_is_used_again(folder, tmp_path):
