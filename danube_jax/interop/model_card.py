@@ -143,7 +143,8 @@ def _tuning(run: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     method = "all weights"
     if lora["rank"]:
         method = (
-            f"LoRA of rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on "
+            f"LoRA of rank {lora['rank']}, alpha {lora['alpha']:g}, "
+            f"dropout {lora['dropout']:g}, on "
             f"{', '.join(lora['targets'])}"
         )
     rows = [

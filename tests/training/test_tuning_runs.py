@@ -191,3 +191,17 @@ def test_a_base_that_changed_is_refused(folder, tmp_path):
     write_tiny_folder(base, seed=1)
     with pytest.raises(UserError, match="not those that this run began with"):
         tune(config, workdir, max_steps=2)
+
+
+def test_two_devices_train_as_one(folder, tmp_path, monkeypatch):
+    from danube_jax.training import loop, mesh
+
+    config = config_of(folder, "sft")
+    config.lora.update({"rank": 2, "dropout": 0.2})
+    config.evaluation.at_start, config.samples.prompts = False, ()
+    one = tune(config, tmp_path / "one", max_steps=3)
+    devices = np.array(jax.devices()[:2])
+    monkeypatch.setattr(loop, "make_mesh", lambda: mesh.Mesh(devices, (mesh.DATA_AXIS,)))
+    two = tune(config, tmp_path / "two", max_steps=3)
+    losses = [[r["loss"] for r in read_rows(w, "train")] for w in (one, two)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # float32 sums in another order
