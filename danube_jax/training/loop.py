@@ -67,7 +67,7 @@ def train(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
             warn("a GPU is present but JAX does not use it: pip install -e '.[cuda]'")
         else:
             info("no accelerator found: running on the CPU")
-    elif run.data.mask_documents and run.model.attention_backend == "auto":
+    elif masks_documents(run) and run.model.attention_backend == "auto":
         warn(
             "cuDNN's attention cannot mask documents: using the dense one, whose memory grows "
             "with the square of the context"
@@ -77,6 +77,13 @@ def train(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
     run = resolve_model(run, workdir)
     check_workdir(workdir, run)
     return run_task(Pretraining(run, workdir, open_run_data(run, workdir)), stop)
+
+
+def masks_documents(run: RunConfig) -> bool:
+    """Whether training keeps attention within documents or examples."""
+    if run.objective == "pretrain":
+        return run.data.mask_documents
+    return run.objective == "dpo" or run.chat.packing != "none"
 
 
 def tune(run: RunConfig, workdir: Path, stop: StopRequest) -> int:

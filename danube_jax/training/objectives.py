@@ -38,11 +38,14 @@ class Policy:
       decoder: the model.
       lora: set where adapters are trained.
       seed: of the adapters' dropout, which falls where the batch numbers its rows (`sequence`).
+      mask_segments: keep attention within segments; False where a row has one, with padding
+        after it, so that attention kernels without such masks can be used.
     """
 
     decoder: Decoder
     lora: LoraConfig | None = None
     seed: int = 0
+    mask_segments: bool = True
 
     def hidden_states(
         self, weights: Any, batch: Batch, frozen: Any = None
@@ -65,7 +68,7 @@ class Policy:
             {"params": params, **(collections or {})},
             batch["tokens"],
             positions_BT=batch.get("positions"),
-            segment_ids_BT=batch.get("segment_ids"),
+            segment_ids_BT=batch.get("segment_ids") if self.mask_segments else None,
             method="hidden_states",
         )
 
@@ -77,13 +80,14 @@ def language_modeling(
     chunk_tokens: int,
     lora: LoraConfig | None = None,
     seed: int = 0,
+    mask_segments: bool = True,
 ) -> Objective:
     """Next-token cross-entropy with an optional z-loss (PaLM, section 5): pretraining and SFT.
 
     The micro-batch holds `tokens`, `targets` int32 [B, T], `weights` float32 [B, T], where
     documents are masked `segment_ids` int32 [B, T], and where they begin at 0 `positions`.
     """
-    policy = Policy(decoder, lora, seed)
+    policy = Policy(decoder, lora, seed, mask_segments)
 
     def objective(
         weights: Any, batch: Batch, frozen: Any = None

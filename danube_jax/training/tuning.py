@@ -95,12 +95,13 @@ class Tuning(Task):
         return init_params(self.run.model, key)
 
     def train_objective(self, decoder: Decoder) -> Objective:
-        return self._objective(decoder, self.run.training.z_loss)
+        packed = self.run.chat.packing != "none"
+        return self._objective(decoder, self.run.training.z_loss, mask_segments=packed)
 
     def eval_objective(self, decoder: Decoder) -> Objective:
-        return self._objective(decoder, 0.0)
+        return self._objective(decoder, 0.0, mask_segments=True)
 
-    def _objective(self, decoder: Decoder, z_loss: float) -> Objective:
+    def _objective(self, decoder: Decoder, z_loss: float, *, mask_segments: bool) -> Objective:
         training = self.run.training
         options: dict[str, Any] = {
             "chunk_tokens": training.loss_chunk_tokens,
@@ -109,7 +110,7 @@ class Tuning(Task):
         }
         if self.preferences:
             return preference_optimization(decoder, self.run.dpo, **options)
-        return language_modeling(decoder, z_loss=z_loss, **options)
+        return language_modeling(decoder, z_loss=z_loss, mask_segments=mask_segments, **options)
 
     def load_frozen(
         self, mesh: Mesh, dtype: jnp.dtype, expected: Mapping[str, str] | None

@@ -110,6 +110,21 @@ def test_packed_examples_have_the_loss_and_gradients_they_have_alone(decoder, pa
     assert_same(grads, summed, atol=2e-4)
 
 
+def test_rows_of_one_example_need_no_mask(decoder, params):
+    rng = np.random.default_rng(6)
+    batch = pack_examples([[random_example(rng, n, 2)] for n in (5, 17)], 20, 0)
+    results = [
+        value_and_gradients(
+            language_modeling(decoder, z_loss=0.0, chunk_tokens=0, mask_segments=masked),
+            params,
+            batch,
+        )
+        for masked in (True, False)
+    ]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
+    assert_same(results[0][1], results[1][1], atol=1e-5)
+
+
 @pytest.mark.parametrize("what", ["full", "lora"])
 def test_dpo_begins_at_ln_2(decoder, params, what):
     rng = np.random.default_rng(1)
