@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and that a run is resumed as what it was."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,9 @@ def _require_same_run(path: Path, run: RunConfig) -> None:
     free = FREE_KEYS + (("data", "phases") if run.checkpoint.allow_data_change else ())
     old = _flatten(to_dict(parse_config(read_config(path.parent))))  # with defaults of newer keys
     new = _flatten(to_dict(run))
+    key = "init_from.path"  # however it is spelt
+    if os.path.realpath(old[key]) == os.path.realpath(new[key]):
+        old[key] = new[key]
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not any(
             key == item or key.startswith((f"{item}.", f"{item}[")) for item in free

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -109,12 +110,13 @@ def rounds(folder):
     return config, tune(config, folder / "rounds")
 
 
-def test_rounds_resume_to_the_bit(rounds, tmp_path):
+def test_rounds_resume_to_the_bit(rounds, tmp_path, monkeypatch):
     config, whole = rounds
     parts = tmp_path / "parts"
     tune(config, parts, max_steps=3)
     assert not (parts / "checkpoints").exists()  # the second waits for the whole first
-    tune(config, parts)
+    monkeypatch.chdir(tmp_path)
+    tune(config, Path("parts"))  # another spelling of the same folder
     assert_same_run(whole / "rounds" / "1-first", parts / "rounds" / "1-first")
     assert_same_run(whole, parts)
 
