@@ -364,16 +364,20 @@ def fixed_batches(
     context: int,
     batch_rows: int,
     pad_id: int,
+    devices: int = 1,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[tuple[Batch, list[tuple[int, ...]]]]:
-    """All items once, packed into batches of `batch_rows` rows, of which a process gets its part.
+    """All items once, packed into batches of at most `batch_rows` rows, a multiple of `devices`.
+
+    A process gets its part of each.
 
     Yields:
       (arrays [B_local, T], the items of each of the batch's rows on all processes); rows beyond
       the last are padding, with weights and pairs of 0.
     """
     packed = Packed.build([item.length for item in items], context, "best_fit")
+    batch_rows = min(batch_rows, -(-len(packed.rows) // devices) * devices)
     local = batch_rows // process_count
     for first in range(0, len(packed.rows), batch_rows):
         rows = packed.rows[first : first + batch_rows]

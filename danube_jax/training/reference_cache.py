@@ -121,6 +121,7 @@ def _compute(
                 context=context,
                 batch_rows=evaluator.rows(run, context),
                 pad_id=data.tokenizer.pad_id,
+                devices=mesh.size,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )

@@ -173,12 +173,13 @@ class Tuning(Task):
             context=context,
             batch_rows=rows,
             pad_id=self.tokenizer.pad_id,
+            devices=evaluator.mesh.size,
             process_index=index,
             process_count=count,
         ):
             if reference is not None:
                 batch["reference"] = np.zeros((*batch["pairs"].shape, 2), np.float32)
-                local = rows // count
+                local = len(batch["tokens"])
                 for i, row in enumerate(places[index * local : (index + 1) * local]):
                     batch["reference"][i, : len(row)] = reference[list(row)]
             yield batch
