@@ -21,7 +21,7 @@ def get_config():
     config.chat.template = "danube"
     config.rounds = (
         tuning_round(
-            name="facts", sources=("facts",), epochs=12.0, context_length=512, batch_size=4
+            name="facts", sources=("facts",), epochs=16.0, context_length=512, batch_size=4
         ),
     )
 
