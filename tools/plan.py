@@ -114,6 +114,11 @@ def main(argv: Sequence[str]) -> int:
     """Parses flags, plans, prints; returns the exit status."""
     command_line.parse_flags(argv, __doc__, required=("config",))
     run = command_line.read_config(_CONFIG)
+    if run.objective != "pretrain":
+        raise UserError(
+            f"config.objective: {run.objective!r} cannot be planned, since its steps follow from "
+            "its rows: training says them before it begins; expected pretrain"
+        )
     if _RATE.value is not None and _RATE.value <= 0:
         raise UserError(f"--tokens_per_second={_RATE.value}: expected a positive number")
 

@@ -41,7 +41,9 @@ def model_card(
         _architecture(source, dtype),
     ]
     meta = source.meta(step) if step is not None else {}
-    if run.get("phases"):
+    if run.get("rounds"):
+        parts.append(_tuning(run, meta))
+    elif run.get("phases"):
         parts += [_training(run, meta), _phases(run)]
     elif source.kind == "workdir" and meta.get("imported_from"):
         where = Path(str(meta["imported_from"])).name
@@ -134,6 +136,36 @@ def _training(run: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     return "## Training\n\n" + _table(("", ""), rows)
 
 
+def _tuning(run: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+    row, chat, lora = run["rounds"][0], run["chat"], run["lora"]
+    optimizer, dpo = run["optimizer"], run["dpo"]
+    kind = "supervised fine-tuning" if run["objective"] == "sft" else "DPO"
+    method = "all weights"
+    if lora["rank"]:
+        method = (
+            f"LoRA of rank {lora['rank']}, alpha {lora['alpha']:g}, "
+            f"dropout {lora['dropout']:g}, on "
+            f"{', '.join(lora['targets'])}"
+        )
+    rows = [
+        ("objective", kind),
+        ("began with", Path(run["init_from"]["path"]).name or "random weights"),
+        ("data", ", ".join(row["sources"])),
+        ("trained", method),
+        ("epochs", f"{row['epochs']:g}"),
+        ("steps", f"{meta.get('step', 0):,}"),
+        ("rows a step, tokens a row", f"{row['batch_size']:,}, {row['context_length']:,}"),
+        ("learning rate", f"{optimizer['learning_rate']:g}, cosine"),
+        ("loss on", "answers" if chat["mask_prompt"] else "all tokens"),
+    ]
+    if run["objective"] == "dpo":
+        smoothing = (
+            f", label smoothing {dpo['label_smoothing']:g}" if dpo["label_smoothing"] else ""
+        )
+        rows.append(("preference loss", f"{dpo['loss']}, beta {dpo['beta']:g}{smoothing}"))
+    return "## Training\n\n" + _table(("", ""), rows)
+
+
 def _phases(run: Mapping[str, Any]) -> str:
     rows = []
     for phase in run["phases"]:
@@ -158,6 +190,10 @@ def _heldout(workdir: Path, step: int | None) -> str:
     if last is None:
         return ""
     names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
+    if any(f"accuracy/{name}" in last for name in names):
+        rows = [(n, f"{last[f'loss/{n}']:.4f}", f"{last[f'accuracy/{n}']:.1%}") for n in names]
+        title = f"### Held-out preferences, step {last['step']:,}\n\n"
+        return title + _table(("source", "loss", "accuracy"), rows)
     rows = [
         (name, f"{last[f'loss/{name}']:.4f}", f"{last.get(f'bits_per_byte/{name}', 0):.4f}")
         for name in names

@@ -192,6 +192,8 @@ class Initialization:
         """
         config, source = run.init_from, open_model(run.init_from.path)
         check_architecture(run.model, source.config, config.path)
+        if source.lora is not None:
+            source.adapters()  # refuses what does not fit its base
         if config.take == "weights_and_optimizer" and not _has_optimizer(source):
             raise UserError(
                 "config.init_from.take: 'weights_and_optimizer' is not possible, since "

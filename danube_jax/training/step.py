@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from danube_jax.training.mesh import DATA_AXIS, shard_spec, sharded_dim
-from danube_jax.training.objectives import Objective
+from danube_jax.training.objectives import Objective, counted
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -88,28 +88,30 @@ def reduce_gradients(grads: PyTree, specs: PyTree) -> PyTree:
 
 
 def accumulate(
-    objective: Objective, weights: PyTree, batch: Batch
+    objective: Objective, weights: PyTree, batch: Batch, frozen: PyTree = None
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Gradients and metric sums of this device's rows of all micro-batches; inside shard_map.
 
     Args:
       objective: sums of loss and metrics over a micro-batch.
       weights: whole weights in the compute dtype.
-      batch: arrays [A, B_local, T].
+      batch: arrays [A, B_local, ...].
+      frozen: weights that are not trained, for objectives that have some.
 
     Returns:
-      float32 gradients of (sum of losses) / (valid tokens of the whole step, all devices), not
-      yet summed over devices; and metric sums over this device's rows, with `weights` the valid
-      tokens among them.
+      float32 gradients of (sum of losses) / (valid tokens, or pairs, of the whole step, all
+      devices), not yet summed over devices; and metric sums over this device's rows, with
+      `weights` the number of valid tokens, or pairs, among them.
     """
-    valid = lax.psum(jnp.sum(batch["weights"], dtype=jnp.float32), DATA_AXIS)
+    more = () if frozen is None else (frozen,)
+    valid = lax.psum(jnp.sum(counted(batch), dtype=jnp.float32), DATA_AXIS)
     scale = 1.0 / jnp.maximum(valid, 1.0)
 
     def scaled_loss(weights: PyTree, microbatch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss_sum, sums = objective(weights, microbatch)
+        loss_sum, sums = objective(weights, microbatch, *more)
         sums = sums | {
             "loss": loss_sum,
-            "weights": jnp.sum(microbatch["weights"], dtype=jnp.float32),
+            "weights": jnp.sum(counted(microbatch), dtype=jnp.float32),
         }
         return loss_sum * scale, sums
 
@@ -119,7 +121,7 @@ def accumulate(
         return grads if carry is None else jax.tree.map(jnp.add, carry, grads), sums
 
     first = jax.tree.map(lambda x: x[0], batch)
-    if batch["weights"].shape[0] == 1:
+    if batch["tokens"].shape[0] == 1:
         return micro_step(None, first)
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
     grads, sums = lax.scan(micro_step, zeros, batch)
@@ -175,37 +177,42 @@ def make_train_step(
     specs: TrainState,
     compute_dtype: jnp.dtype,
     clip_norm: float,
+    has_frozen: bool = False,
+    count_name: str = "valid_tokens",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step ``(state, batch, stop_D) -> (state, metrics)``; `state` is donated.
+
+    With `has_frozen`, a fourth argument holds weights that are not trained, whole on each device
+    and already in the dtype to compute in. `count_name` is the metric of what losses are means of.
 
     `batch` holds global arrays [A, B, T]; jit compiles once a shape, that is once a phase shape.
     `stop_D` int32 [devices] is 1 where a process wants the run to stop; its sum comes back in
     the metrics, so that all processes stop after the same step without a collective of their own.
-    Metrics are means over valid tokens, on the device.
+    Metrics are means over valid tokens or pairs, on the device.
     """
     shardings = state_shardings(mesh, specs)
     replicated = NamedSharding(mesh, P())
 
     def gradients(
-        params: PyTree, batch: Batch, stop_D: jax.Array
+        params: PyTree, batch: Batch, stop_D: jax.Array, *frozen: PyTree
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         weights = prepare_weights(params, specs.params, compute_dtype)
-        grads, sums = accumulate(objective, weights, batch)
+        grads, sums = accumulate(objective, weights, batch, *frozen)
         sums = lax.psum(sums | {"stop": jnp.sum(stop_D)}, DATA_AXIS)
         return reduce_gradients(grads, specs.params), sums
 
     sharded_gradients = jax.shard_map(
         gradients,
         mesh=mesh,
-        in_specs=(specs.params, P(None, DATA_AXIS), P(DATA_AXIS)),
+        in_specs=(specs.params, P(None, DATA_AXIS), P(DATA_AXIS), *([P()] if has_frozen else [])),
         out_specs=(specs.params, P()),
         check_vma=False,
     )
 
     def train_step(
-        state: TrainState, batch: Batch, stop_D: jax.Array
+        state: TrainState, batch: Batch, stop_D: jax.Array, *frozen: PyTree
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, sums = sharded_gradients(state.params, batch, stop_D)
+        grads, sums = sharded_gradients(state.params, batch, stop_D, *frozen)
         stop, valid = sums.pop("stop"), sums.pop("weights")
         means = {key: value / jnp.maximum(valid, 1.0) for key, value in sums.items()}
         state, metrics = update(
@@ -216,11 +223,16 @@ def make_train_step(
             learning_rate=learning_rate,
             clip_norm=clip_norm,
         )
-        return state, means | metrics | {"valid_tokens": valid, "stop": stop}
+        return state, means | metrics | {count_name: valid, "stop": stop}
 
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, NamedSharding(mesh, P(None, DATA_AXIS)), None),
+        in_shardings=(
+            shardings,
+            NamedSharding(mesh, P(None, DATA_AXIS)),
+            None,
+            *([replicated] if has_frozen else []),
+        ),
         out_shardings=(shardings, replicated),
     )

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and that a run is resumed as what it was."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from danube_jax.errors import UserError
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 PREPARED_DATA = "data"  # where built-in text is prepared
+ROUNDS = "rounds"  # earlier rounds of a tuning run
 TOKENIZER = "tokenizer"  # a copy of the run's tokenizer, so that the folder is whole
 
 # What may differ when a run is resumed: speed, memory, reporting and housekeeping.
@@ -52,7 +54,7 @@ def check_workdir(workdir: Path, run: RunConfig) -> None:
         raise UserError(f"--workdir={workdir}: not a folder to work in: {reason}") from error
     if CONFIG_FILE in entries:
         _require_same_run(workdir / CONFIG_FILE, run)
-    elif set(entries) - {PREPARED_DATA}:
+    elif set(entries) - {PREPARED_DATA, ROUNDS}:
         raise UserError(
             f"--workdir={workdir}: holds {entries[0]!r} but no {CONFIG_FILE}, so it is not "
             "the folder of a run; choose an empty or a new one"
@@ -104,6 +106,9 @@ def _require_same_run(path: Path, run: RunConfig) -> None:
     free = FREE_KEYS + (("data", "phases") if run.checkpoint.allow_data_change else ())
     old = _flatten(to_dict(parse_config(read_config(path.parent))))  # with defaults of newer keys
     new = _flatten(to_dict(run))
+    key = "init_from.path"  # however it is spelt
+    if os.path.realpath(old[key]) == os.path.realpath(new[key]):
+        old[key] = new[key]
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not any(
             key == item or key.startswith((f"{item}.", f"{item}[")) for item in free
