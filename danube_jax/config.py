@@ -19,7 +19,8 @@ import ml_collections
 
 from danube_jax.errors import UserError
 
-LINEAR_PRECISIONS = ("bfloat16", "float32")
+LINEAR_PRECISIONS = ("fp8", "bfloat16", "float32")
+FP8_SCALINGS = ("delayed", "current")
 COMPUTE_DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "xla", "blocked", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
@@ -58,11 +59,28 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fp8Config:
+    """How the linear layers of the blocks are scaled, where they compute in FP8."""
+
+    scaling: str = "delayed"  # by the steps before; 'current': by the tensor itself, slower
+    amax_history: int = 16  # steps
+    margin: float = 2.0  # between the largest magnitude seen and the largest number
+    # Tensor cores may add up with fewer bits: output, input gradient, weight gradient.
+    fast_accumulation: tuple[bool, ...] = (True, True, False)
+
+
+@dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
     """Dtypes of the forward and backward pass; master parameters are always float32."""
 
     linear: str = "bfloat16"  # matmuls of the blocks
     compute: str = "bfloat16"  # activations, embeddings and head
+    fp8: Fp8Config = Fp8Config()
+
+    @property
+    def fp8_config(self) -> Fp8Config | None:
+        """`fp8` where the linear layers use it."""
+        return self.fp8 if self.linear == "fp8" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +372,7 @@ def _validate(run: RunConfig) -> None:
         run.precision.linear,
         f"no wider dtype than precision.compute ({run.precision.compute})",
     )
+    _validate_fp8(run)
     _validate_init_from(run.init_from)
     _validate_training(run)
     _validate_data(run.data)
@@ -395,6 +414,24 @@ def _validate_model(model: ModelConfig) -> None:
         model.head_size,
         "an even head size, since RoPE rotates pairs",
     )
+
+
+def _validate_fp8(run: RunConfig) -> None:
+    config = run.precision.fp8
+    _require_choice("config.precision.fp8.scaling", config.scaling, FP8_SCALINGS)
+    _positive("precision.fp8", config, "amax_history")
+    _require(config.margin >= 1, "config.precision.fp8.margin", config.margin, "at least 1")
+    _require(
+        len(config.fast_accumulation) == 3,
+        "config.precision.fp8.fast_accumulation",
+        config.fast_accumulation,
+        "three values: for output, input gradient and weight gradient",
+    )
+    if run.precision.linear == "fp8":
+        for key in ("hidden_size", "intermediate_size"):
+            value = getattr(run.model, key)
+            expected = "a multiple of 16, as FP8 matmuls need (precision.linear='fp8')"
+            _require(value % 16 == 0, f"config.model.{key}", value, expected)
 
 
 def _validate_init_from(init_from: InitFromConfig) -> None:

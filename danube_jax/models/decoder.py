@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from danube_jax.config import ModelConfig
+from danube_jax.models import fp8
 from danube_jax.models.attention import attention, cached_attention
 from danube_jax.models.blocked_attention import DENOMINATOR_NAME, OUTPUT_NAME
 from danube_jax.models.kv_cache import KVCache, LayerCache, cache_bias
@@ -28,7 +29,8 @@ Params = dict[str, Any]
 class Linear(nn.Module):
     """A bias-free linear map; every matmul of the blocks goes through this module.
 
-    The matmul runs in `linear_dtype`; the result has the dtype `dtype`.
+    The matmul runs in `linear_dtype`; the result has the dtype `dtype`. Where the variables hold an
+    FP8 weight in place of the kernel, it runs in FP8.
     """
 
     features: int
@@ -38,6 +40,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
+        if self.has_variable(fp8.WEIGHTS, "weight"):
+            weight, sums = (
+                self.get_variable(fp8.WEIGHTS, "weight"),
+                self.get_variable(fp8.SUMS, "sums"),
+            )
+            return fp8.fp8_linear(x_BTI, weight, sums).astype(self.dtype)
         shape = (x_BTI.shape[-1], self.features)
         kernel_IO = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
         y_BTO = linear(x_BTI.astype(self.linear_dtype), kernel_IO.astype(self.linear_dtype))

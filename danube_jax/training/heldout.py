@@ -31,7 +31,7 @@ def make_eval_step(
     ) -> dict[str, jax.Array]:
         weights = prepare_weights(params, specs.params, compute_dtype)
         rows = jax.tree.map(lambda x: x[0], dict(batch))
-        nll, _ = objective(weights, rows)
+        nll, _ = objective({"params": weights}, rows)
         local = {
             "nll": nll,
             "tokens": jnp.sum(rows["weights"]),

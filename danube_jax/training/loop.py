@@ -25,7 +25,7 @@ from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig
 from danube_jax.models.decoder import Decoder, flops_per_token, init_params
 from danube_jax.training.checkpoint import Checkpointer
-from danube_jax.training.dtypes import DTYPES
+from danube_jax.training.dtypes import DTYPES, linear_dtype
 from danube_jax.training.heldout import evaluate_source, make_eval_step, unigram_loss
 from danube_jax.training.init_from import Initialization, resolve_model
 from danube_jax.training.mesh import DATA_AXIS, make_mesh, put_batch
@@ -126,7 +126,7 @@ class Trainer:
     def _compile_parts(self) -> None:
         """Decoder, sharded state layout, and the jitted steps."""
         run, dtype = self.config, DTYPES[self.config.precision.compute]
-        self.decoder = Decoder(run.model, dtype, DTYPES[run.precision.linear])
+        self.decoder = Decoder(run.model, dtype, linear_dtype(run.precision))
         self.optimizer = make_optimizer(run.optimizer)
         abstract = jax.eval_shape(self._fresh_state)
         specs = state_specs(abstract, self.mesh.size, run.training.zero1)
@@ -143,6 +143,7 @@ class Trainer:
             self.optimizer,
             learning_rate_schedule(run.optimizer, self.schedule),
             clip_norm=run.optimizer.clip_norm,
+            fp8_config=run.precision.fp8_config,
             **layout,
         )
         self.eval_step = make_eval_step(
@@ -162,7 +163,8 @@ class Trainer:
 
     def _fresh_state(self) -> TrainState:
         key = jax.random.key(self.config.training.seed)
-        return init_state(init_params(self.config.model, key), self.optimizer)
+        params = init_params(self.config.model, key)
+        return init_state(params, self.optimizer, self.config.precision.fp8_config)
 
     def _restore_or_init(self) -> TrainState:
         restored = self.checkpointer.restore_latest(self.abstract_state)

@@ -1,7 +1,7 @@
 """Objectives: how a micro-batch becomes a loss.
 
 Pretraining and fine-tuning differ in their objective alone. An objective is a pure function
-``(weights, microbatch) -> (loss_sum, metric_sums)`` of sums over the micro-batch's valid tokens;
+``(variables, microbatch) -> (loss_sum, metric_sums)`` of sums over the micro-batch's valid tokens;
 the training step divides by the valid tokens of the whole step, over all devices and
 micro-batches, so that accumulation and sharding change nothing.
 """
@@ -25,17 +25,17 @@ def language_modeling(decoder: Decoder, *, z_loss: float, chunk_tokens: int) -> 
     """
 
     def objective(
-        weights: Any, batch: Mapping[str, jax.Array]
+        variables: Any, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden_BTD = decoder.apply(
-            {"params": weights},
+            variables,
             batch["tokens"],
             segment_ids_BT=batch.get("segment_ids"),
             method="hidden_states",
         )
         loss, aux = chunked_cross_entropy(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-            head_kernel(weights),
+            head_kernel(variables["params"]),
             batch["targets"].reshape(-1),
             batch["weights"].reshape(-1),
             chunk_tokens=chunk_tokens,

@@ -4,7 +4,8 @@
 the micro-batches and sums their gradients; `update` clips, steps the optimizer and counts.
 Master parameters and optimizer state are float32 and, with ZeRO-1 (Rajbhandari et al., section
 5.1), sharded over the mesh's `data` axis: the step gathers weights in the compute dtype and
-scatters gradient sums in float32, once each.
+scatters gradient sums in float32, once each. With FP8 (`fp8_scaling.py`) the linear layers' weights
+are quantised and gathered as bytes, and their gradients accumulate inside the matmuls.
 
 Legend: A micro-batches a step, B rows of a micro-batch (all devices), T context.
 """
@@ -15,11 +16,15 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from danube_jax.config import Fp8Config
+from danube_jax.models import fp8
+from danube_jax.training import fp8_scaling
 from danube_jax.training.mesh import DATA_AXIS, shard_spec, sharded_dim
 from danube_jax.training.objectives import Objective
 
@@ -34,6 +39,7 @@ class TrainState:
     step: int32 scalar, optimizer steps done, skipped ones included; it is the loader's position.
     skipped: int32 scalar, updates skipped for a non-finite loss or gradient, in all.
     skipped_in_a_row: int32 scalar, of these the latest consecutive ones.
+    fp8: `fp8_scaling.Fp8State`; {} where nothing is in FP8.
     """
 
     step: jax.Array
@@ -41,17 +47,22 @@ class TrainState:
     opt_state: PyTree
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    fp8: PyTree = flax.struct.field(default_factory=dict)
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around float32 `params`."""
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, fp8_config: Fp8Config | None = None
+) -> TrainState:
+    """A fresh state around float32 `params`; `fp8_config` is None where nothing is in FP8."""
     step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row)
+    scales = {} if fp8_config is None else fp8_scaling.init_fp8_state(params, fp8_config)
+    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row, scales)
 
 
 def state_specs(state: TrainState, num_devices: int, zero1: bool) -> TrainState:
     """The PartitionSpec of every leaf of a (possibly abstract) state."""
-    return jax.tree.map(lambda leaf: shard_spec(leaf.shape, num_devices if zero1 else 1), state)
+    specs = jax.tree.map(lambda leaf: shard_spec(leaf.shape, num_devices if zero1 else 1), state)
+    return specs.replace(fp8=jax.tree.map(lambda _: P(), state.fp8))
 
 
 def state_shardings(mesh: Mesh, specs: TrainState) -> TrainState:
@@ -88,42 +99,63 @@ def reduce_gradients(grads: PyTree, specs: PyTree) -> PyTree:
 
 
 def accumulate(
-    objective: Objective, weights: PyTree, batch: Batch
+    objective: Objective,
+    variables: PyTree,
+    batch: Batch,
+    *,
+    first: PyTree | None = None,
+    others: PyTree | None = None,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Gradients and metric sums of this device's rows of all micro-batches; inside shard_map.
 
     Args:
       objective: sums of loss and metrics over a micro-batch.
-      weights: whole weights in the compute dtype.
+      variables: what is differentiated: `params`, whole weights in the compute dtype; and, with
+        FP8, the collection whose gradient is its next value.
       batch: arrays [A, B_local, T].
+      first, others: variables beside these for the first micro-batch and for the others; None
+        where there are none.
 
     Returns:
-      float32 gradients of (sum of losses) / (valid tokens of the whole step, all devices), not
-      yet summed over devices; and metric sums over this device's rows, with `weights` the valid
+      `variables` in float32 with the gradients of (sum of losses) / (valid tokens of the whole
+      step, all devices), not yet summed over devices, in place of `params`, and the other
+      collection's last value; and metric sums over this device's rows, with `weights` the valid
       tokens among them.
     """
     valid = lax.psum(jnp.sum(batch["weights"], dtype=jnp.float32), DATA_AXIS)
     scale = 1.0 / jnp.maximum(valid, 1.0)
 
-    def scaled_loss(weights: PyTree, microbatch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss_sum, sums = objective(weights, microbatch)
+    def scaled_loss(variables: PyTree, constants: PyTree, microbatch: Batch) -> tuple:
+        loss_sum, sums = objective({**variables, **constants}, microbatch)
         sums = sums | {
             "loss": loss_sum,
             "weights": jnp.sum(microbatch["weights"], dtype=jnp.float32),
         }
         return loss_sum * scale, sums
 
-    def micro_step(carry: PyTree | None, microbatch: Batch) -> tuple[PyTree, dict[str, jax.Array]]:
-        grads, sums = jax.grad(scaled_loss, has_aux=True)(weights, microbatch)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return grads if carry is None else jax.tree.map(jnp.add, carry, grads), sums
+    def micro_step(
+        carry: PyTree, microbatch: Batch, constants: PyTree
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
+        inputs = {**carry, "params": variables["params"]}
+        new, sums = jax.grad(scaled_loss, has_aux=True)(inputs, constants, microbatch)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), new["params"])
+        if carry["params"] is not None:
+            grads = jax.tree.map(jnp.add, carry["params"], grads)
+        return {**new, "params": grads}, sums
 
-    first = jax.tree.map(lambda x: x[0], batch)
-    if batch["weights"].shape[0] == 1:
-        return micro_step(None, first)
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    grads, sums = lax.scan(micro_step, zeros, batch)
-    return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    rows = batch["weights"].shape[0]
+    if rows == 1 or first is not None:
+        carry = {**variables, "params": None}
+        carry, sums = micro_step(carry, jax.tree.map(lambda x: x[0], batch), first or {})
+        if rows == 1:
+            return carry, sums
+        batch = jax.tree.map(lambda x: x[1:], batch)
+    else:
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), variables["params"])
+        carry, sums = {**variables, "params": zeros}, None
+    carry, more = lax.scan(lambda c, x: micro_step(c, x, others or {}), carry, batch)
+    more = jax.tree.map(lambda x: jnp.sum(x, axis=0), more)
+    return carry, more if sums is None else jax.tree.map(jnp.add, sums, more)
 
 
 def update(
@@ -134,8 +166,12 @@ def update(
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
     clip_norm: float,
+    fp8_state: PyTree | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step; a non-finite loss or gradient norm leaves parameters as they are."""
+    """One optimizer step; a non-finite loss or gradient norm leaves the state as it is.
+
+    `fp8_state` is what comes after `state.fp8`; None where that stays.
+    """
     grad_norm = optax.global_norm(grads)
     if clip_norm:
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -156,6 +192,7 @@ def update(
         opt_state=keep(opt_state, state.opt_state),
         skipped=state.skipped + skip,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
+        fp8=state.fp8 if fp8_state is None else keep(fp8_state, state.fp8),
     )
     metrics = {
         "grad_norm": grad_norm,
@@ -175,37 +212,37 @@ def make_train_step(
     specs: TrainState,
     compute_dtype: jnp.dtype,
     clip_norm: float,
+    fp8_config: Fp8Config | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step ``(state, batch, stop_D) -> (state, metrics)``; `state` is donated.
 
     `batch` holds global arrays [A, B, T]; jit compiles once a shape, that is once a phase shape.
     `stop_D` int32 [devices] is 1 where a process wants the run to stop; its sum comes back in
     the metrics, so that all processes stop after the same step without a collective of their own.
-    Metrics are means over valid tokens, on the device.
+    Metrics are means over valid tokens, on the device. With `fp8_config`, a run's first call
+    measures the scales of its FP8 tensors first.
     """
     shardings = state_shardings(mesh, specs)
     replicated = NamedSharding(mesh, P())
-
-    def gradients(
-        params: PyTree, batch: Batch, stop_D: jax.Array
-    ) -> tuple[PyTree, dict[str, jax.Array]]:
-        weights = prepare_weights(params, specs.params, compute_dtype)
-        grads, sums = accumulate(objective, weights, batch)
-        sums = lax.psum(sums | {"stop": jnp.sum(stop_D)}, DATA_AXIS)
-        return reduce_gradients(grads, specs.params), sums
-
-    sharded_gradients = jax.shard_map(
-        gradients,
-        mesh=mesh,
-        in_specs=(specs.params, P(None, DATA_AXIS), P(DATA_AXIS)),
-        out_specs=(specs.params, P()),
-        check_vma=False,
+    parts = _gradient_parts(objective, specs, compute_dtype, fp8_config)
+    batch_spec = P(None, DATA_AXIS)
+    gradients, measure = (
+        jax.shard_map(
+            part,
+            mesh=mesh,
+            in_specs=(specs.params, P(), batch_spec, *more),
+            out_specs=results,
+            check_vma=False,
+        )
+        for part, more, results in zip(
+            parts, [(P(DATA_AXIS),), ()], [(specs.params, P(), P()), P()], strict=True
+        )
     )
 
     def train_step(
         state: TrainState, batch: Batch, stop_D: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, sums = sharded_gradients(state.params, batch, stop_D)
+        grads, fp8_state, sums = gradients(state.params, state.fp8, batch, stop_D)
         stop, valid = sums.pop("stop"), sums.pop("weights")
         means = {key: value / jnp.maximum(valid, 1.0) for key, value in sums.items()}
         state, metrics = update(
@@ -215,12 +252,79 @@ def make_train_step(
             optimizer=optimizer,
             learning_rate=learning_rate,
             clip_norm=clip_norm,
+            fp8_state=fp8_state,
         )
         return state, means | metrics | {"valid_tokens": valid, "stop": stop}
 
-    return jax.jit(
+    step = jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, NamedSharding(mesh, P(None, DATA_AXIS)), None),
+        in_shardings=(shardings, NamedSharding(mesh, batch_spec), None),
         out_shardings=(shardings, replicated),
     )
+    if fp8_config is None:
+        return step
+    return _CalibratedStep(step, jax.jit(measure, out_shardings=replicated))
+
+
+def _gradient_parts(
+    objective: Objective, specs: TrainState, compute_dtype: jnp.dtype, config: Fp8Config | None
+) -> tuple[Callable, Callable]:
+    """The parts of a step that run on every device: gradients, and a first look at magnitudes."""
+
+    def fp8_variables(params: PyTree, fp8_state: PyTree) -> tuple[PyTree, PyTree]:
+        quantized = fp8_scaling.prepare_fp8_weights(params, specs.params, fp8_state)
+        rest = fp8_scaling.without_linear_layers(params)
+        rest_specs = fp8_scaling.without_linear_layers(specs.params)
+        weights = prepare_weights(rest, rest_specs, compute_dtype)
+        return {"params": weights, fp8.SUMS: fp8_scaling.zero_sums(quantized)}, quantized
+
+    def gradients(
+        params: PyTree, fp8_state: PyTree, batch: Batch, stop_D: jax.Array
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        if config is None:
+            weights = prepare_weights(params, specs.params, compute_dtype)
+            results, sums = accumulate(objective, {"params": weights}, batch)
+            grads = results["params"]
+        else:
+            variables, quantized = fp8_variables(params, fp8_state)
+            first, others = (
+                {fp8.WEIGHTS: fp8_scaling.with_mode(quantized, config, measure=measure)}
+                for measure in (True, False)
+            )
+            results, sums = accumulate(objective, variables, batch, first=first, others=others)
+            linear_grads, amax_N2 = fp8_scaling.split_sums(results[fp8.SUMS])
+            grads = fp8_scaling.merge(results["params"], linear_grads)
+            fp8_state = fp8_scaling.next_state(fp8_state, amax_N2, config)
+        sums = lax.psum(sums | {"stop": jnp.sum(stop_D)}, DATA_AXIS)
+        return reduce_gradients(grads, specs.params), fp8_state, sums
+
+    def measure(params: PyTree, fp8_state: PyTree, batch: Batch) -> PyTree:
+        variables, quantized = fp8_variables(params, fp8_state)
+        mode = fp8_scaling.with_mode(quantized, config, measure=True, current=True)
+        first = jax.tree.map(lambda x: x[:1], batch)
+        results, _ = accumulate(objective, variables, first, first={fp8.WEIGHTS: mode})
+        _, amax_N2 = fp8_scaling.split_sums(results[fp8.SUMS])
+        return fp8_scaling.first_state(fp8_state, amax_N2, config)
+
+    return gradients, measure
+
+
+class _CalibratedStep:
+    """A step in FP8 that measures the scales of a state that has none yet."""
+
+    def __init__(self, step: Callable, measure: Callable):
+        self._step, self._measure, self._calibrated = step, measure, False
+
+    def __call__(
+        self, state: TrainState, batch: Batch, stop_D: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        if not self._calibrated:
+            if not np.all(jax.device_get(state.fp8.scale_N2)):
+                state = state.replace(fp8=self._measure(state.params, state.fp8, batch))
+            self._calibrated = True
+        return self._step(state, batch, stop_D)
+
+    def lower(self, *arguments: Any) -> Any:
+        """As `jax.jit`'s, of the step itself."""
+        return self._step.lower(*arguments)
