@@ -1,6 +1,7 @@
 """Command lines with absl flags: `--help` with an example, and one clear line for a mistake."""
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -101,6 +102,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     exceptions, and the user reads them once.
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
+    # Or transformers says in every chat that PyTorch is missing, which only conversion needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = lambda args: _on_background_error(args.exc_value)

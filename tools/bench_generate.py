@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from bench_models import SMALL_MODELS
 
 from danube_jax import command_line, files
 from danube_jax.config import ModelConfig
@@ -42,24 +43,7 @@ from danube_jax.interop.model_source import open_model
 from danube_jax.models.decoder import init_params, param_count
 
 SIZES = {
-    "tiny": ModelConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8_192,
-    ),
-    "16m": ModelConfig(
-        vocab_size=8_192,
-        hidden_size=320,
-        intermediate_size=864,
-        num_hidden_layers=9,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=8_192,
-    ),
+    **SMALL_MODELS,
     "135m": ModelConfig(  # the shape of SmolLM2-135M
         model_type="llama",
         vocab_size=49_152,

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from bench_models import SMALL_MODELS
 
 from danube_jax import command_line, files
 from danube_jax.config import (
@@ -52,26 +53,6 @@ from danube_jax.training.step import (
 )
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SMALL_MODELS = {
-    "16m": ModelConfig(
-        vocab_size=8_192,
-        hidden_size=320,
-        intermediate_size=864,
-        num_hidden_layers=9,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2_048,
-    ),
-    "tiny": ModelConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2_048,
-    ),
-}
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 2e-4, 0.1, 1.0
 
 _MODEL = flags.DEFINE_string(

@@ -11,6 +11,7 @@ TOOLS = (
     "bench_data",
     "bench_train",
     "bench_convert",
+    "bench_generate",
     "convert_from_hf",
     "convert_to_hf",
 )
