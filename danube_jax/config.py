@@ -17,18 +17,12 @@ from typing import Any
 
 import ml_collections
 
+from danube_jax.config_validation import ATTENTION_BACKENDS as ATTENTION_BACKENDS
+from danube_jax.config_validation import BUILTIN_SOURCES as BUILTIN_SOURCES
+from danube_jax.config_validation import REMAT_POLICIES as REMAT_POLICIES
+from danube_jax.config_validation import validate, validate_model
+from danube_jax.config_validation import whole_steps as whole_steps
 from danube_jax.errors import UserError
-
-LINEAR_PRECISIONS = ("fp8", "bfloat16", "float32")
-FP8_SCALINGS = ("delayed", "current")
-COMPUTE_DTYPES = ("bfloat16", "float32")
-ATTENTION_BACKENDS = ("auto", "xla", "blocked", "cudnn")
-REMAT_POLICIES = ("none", "full", "dots", "attention")
-VERIFY_MODES = ("auto", "always", "never")
-MODEL_TYPES = ("mistral", "llama")
-INIT_TAKES = ("weights", "weights_and_optimizer")
-NEW_ROWS = ("init", "old_statistics")
-BUILTIN_SOURCES = ("language_reference", "docstrings", "package_descriptions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +92,16 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of text: a TokenStore on disk, or built-in text that is prepared at start."""
+    """One source: a TokenStore or, for tuning, a file or folder of rows; or built-in data."""
 
-    path: str = ""  # folder of the training TokenStore
-    heldout_path: str = ""  # folder of the held-out TokenStore; '' means none
-    builtin: str = ""  # one of BUILTIN_SOURCES instead of paths
-    max_epochs: float = 4.0  # more repetition than this is refused at start
+    path: str = ""  # folder of the training TokenStore; rows to tune on
+    heldout_path: str = ""  # the held-out TokenStore or rows; '' means none, or a share of the rows
+    builtin: str = ""  # instead of paths: one of BUILTIN_SOURCES, or of those of the objective
+    max_epochs: float = 4.0  # of a TokenStore: more repetition than this is refused at start
+    format: str = "auto"  # of rows: see data/conversations.py and data/preferences.py
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our name → the file's
+    language: str = ""  # of message trees: which to keep; '' keeps all
+    max_examples: int | None = None  # of rows: how many to take, from the first on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +111,7 @@ class DataConfig:
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerConfig = TokenizerConfig()
     directory: str = ""  # where built-in text is prepared; '' means WORKDIR/data
-    heldout_fraction: float = 0.02  # of built-in documents, by hash
+    heldout_fraction: float = 0.02  # of built-in documents or of rows, by hash
     mask_documents: bool = False
     verify: str = "auto"  # sha256 of the shards at start; auto: up to 8 GiB in all
     num_workers: int = 0  # Grain worker processes; 0 reads with threads
@@ -129,6 +127,61 @@ class PhaseConfig:
     context_length: int = 0
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
     batch_tokens: int | None = None  # None: training.batch_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundConfig:
+    """One row of a tuning run's table; each round goes on from the result of the one before."""
+
+    name: str = ""
+    sources: tuple[str, ...] = ()  # of data.sources, all of their examples
+    epochs: float = 1.0
+    context_length: int = 0  # tokens of a row; a preference's two answers share one
+    batch_size: int = 0  # rows a step
+    learning_rate: float | None = None  # None: optimizer.learning_rate
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """How conversations become tokens; tuning only."""
+
+    template: str = ""  # danube, danube2, danube3 or a Jinja file; '': the tokenizer's, else danube
+    tokenization: str = "joint"  # or 'separate': prompts and answers each on their own
+    mask_prompt: bool = True  # train on answers only
+    max_length: int | None = None  # tokens of an example; None: what fits a row
+    truncation: str = "drop"  # of longer ones: 'drop', or cut at the 'left' or 'right' end
+    packing: str = "best_fit"  # several examples in a row; 'none': one
+    on_bad_row: str = "stop"  # or 'skip', with a count
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters instead of the weights themselves, in PEFT's terms; tuning only."""
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    rslora: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimisation (arXiv 2305.18290); see training/preference_loss.py."""
+
+    beta: float = 0.1
+    loss: str = "sigmoid"  # or 'ipo'
+    label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round; sigmoid only
+    average_log_probs: bool = False  # a token instead of a sum: for IPO, as its authors' results
+    reference: str = "model"  # at every step from the weights it began with; 'cache': once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +202,7 @@ class OptimizerConfig:
     learning_rate: float = 2e-4
     final_learning_rate: float = 1e-5
     warmup_tokens: int = 0
+    warmup_fraction: float = 0.0  # of the run; the longer of the two counts
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -203,14 +257,19 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run."""
+    """A whole run: `phases` say what is pretrained on, `rounds` what is tuned on."""
 
     name: str = "run"
+    objective: str = "pretrain"  # 'sft': on conversations, 'dpo': on preferences
     model: ModelConfig = ModelConfig()
     init_from: InitFromConfig = InitFromConfig()
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig = DataConfig()
     phases: tuple[PhaseConfig, ...] = ()
+    rounds: tuple[RoundConfig, ...] = ()
+    chat: ChatConfig = ChatConfig()
+    lora: LoraConfig = LoraConfig()
+    dpo: DpoConfig = DpoConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -231,6 +290,11 @@ def source(**values: Any) -> ml_collections.ConfigDict:
 def phase(**values: Any) -> ml_collections.ConfigDict:
     """A row of `phases`, with every default, so that each of its keys can be overridden."""
     return _row(PhaseConfig(), values)
+
+
+def tuning_round(**values: Any) -> ml_collections.ConfigDict:
+    """A row of `rounds`, with every default, so that each of its keys can be overridden."""
+    return _row(RoundConfig(), values)
 
 
 def _row(default: Any, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -254,11 +318,6 @@ def _to_config_dict(node: Any) -> ml_collections.ConfigDict:
             value = ml_collections.config_dict.placeholder(optional)
         out[field.name] = value
     return out.lock()
-
-
-def whole_steps(tokens: float, batch_tokens: int) -> int:
-    """The number of tokens nearest to `tokens` that is a whole number of steps (at least one)."""
-    return max(1, round(tokens / batch_tokens)) * batch_tokens
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -288,7 +347,7 @@ def parse_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> RunCo
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
     run = _build(RunConfig, config, "config")
-    _validate(run)
+    validate(run)
     return run
 
 
@@ -299,7 +358,7 @@ def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
       UserError: unknown key, wrong type or impossible value; names the key in full.
     """
     model = _build(ModelConfig, values, "config.model")
-    _validate_model(model)
+    validate_model(model)
     return model
 
 
@@ -351,214 +410,3 @@ def _build_dataclass(cls: type, value: Any, name: str) -> Any:
 
 def _wrong_type(name: str, expected: str, value: Any) -> UserError:
     return UserError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
-
-
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise UserError(f"{name}: {value!r} is not possible; expected {expected}")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, name, value, f"one of {', '.join(choices)}")
-
-
-def _validate(run: RunConfig) -> None:
-    _validate_model(run.model)
-    _require_choice("config.precision.linear", run.precision.linear, LINEAR_PRECISIONS)
-    _require_choice("config.precision.compute", run.precision.compute, COMPUTE_DTYPES)
-    _require(
-        run.precision.compute == "float32" or run.precision.linear != "float32",
-        "config.precision.linear",
-        run.precision.linear,
-        f"no wider dtype than precision.compute ({run.precision.compute})",
-    )
-    _validate_fp8(run)
-    _validate_init_from(run.init_from)
-    _validate_training(run)
-    _validate_data(run.data)
-    _validate_phases(run)
-
-
-def _positive(section: str, node: Any, *keys: str, zero: bool = False) -> None:
-    """Every named field of `node` is None or positive (or zero where `zero`)."""
-    for key in keys:
-        value = getattr(node, key)
-        fine = value is None or value > 0 or (zero and value == 0)
-        expected = "zero or a positive number" if zero else "a positive number"
-        _require(fine, f"config.{section}.{key}", value, expected)
-
-
-def _validate_model(model: ModelConfig) -> None:
-    _require_choice("config.model.model_type", model.model_type, MODEL_TYPES)
-    _require_choice("config.model.attention_backend", model.attention_backend, ATTENTION_BACKENDS)
-    _require_choice("config.model.remat", model.remat, REMAT_POLICIES)
-    _positive("model", model, "vocab_size", "hidden_size", "intermediate_size")
-    _positive("model", model, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    _positive("model", model, "max_position_embeddings", "sliding_window", "rope_theta")
-    _positive("model", model, "rms_norm_eps", "initializer_range", "head_dim")
-    _require(
-        model.num_attention_heads % model.num_key_value_heads == 0,
-        "config.model.num_key_value_heads",
-        model.num_key_value_heads,
-        f"a divisor of num_attention_heads ({model.num_attention_heads})",
-    )
-    _require(
-        model.head_dim is not None or model.hidden_size % model.num_attention_heads == 0,
-        "config.model.num_attention_heads",
-        model.num_attention_heads,
-        f"a divisor of hidden_size ({model.hidden_size}), or an explicit head_dim",
-    )
-    _require(
-        model.head_size % 2 == 0,
-        "config.model.head_dim",
-        model.head_size,
-        "an even head size, since RoPE rotates pairs",
-    )
-
-
-def _validate_fp8(run: RunConfig) -> None:
-    config = run.precision.fp8
-    _require_choice("config.precision.fp8.scaling", config.scaling, FP8_SCALINGS)
-    _positive("precision.fp8", config, "amax_history")
-    _require(config.margin >= 1, "config.precision.fp8.margin", config.margin, "at least 1")
-    _require(
-        len(config.fast_accumulation) == 3,
-        "config.precision.fp8.fast_accumulation",
-        config.fast_accumulation,
-        "three values: for output, input gradient and weight gradient",
-    )
-    if run.precision.linear == "fp8":
-        for key in ("hidden_size", "intermediate_size"):
-            value = getattr(run.model, key)
-            expected = "a multiple of 16, as FP8 matmuls need (precision.linear='fp8')"
-            _require(value % 16 == 0, f"config.model.{key}", value, expected)
-
-
-def _validate_init_from(init_from: InitFromConfig) -> None:
-    _require_choice("config.init_from.take", init_from.take, INIT_TAKES)
-    _require_choice("config.init_from.new_rows", init_from.new_rows, NEW_ROWS)
-    for key in ("model_from_source", "change_tokenizer"):
-        _require(
-            bool(init_from.path) or not getattr(init_from, key),
-            f"config.init_from.{key}",
-            True,
-            "False, or config.init_from.path to say where from",
-        )
-
-
-def _validate_training(run: RunConfig) -> None:
-    training, optimizer = run.training, run.optimizer
-    _positive("training", training, "batch_tokens", "microbatch_tokens", "max_steps", "log_every")
-    _positive("training", training, "max_skipped_steps")
-    _positive("training", training, "seed", "z_loss", "loss_chunk_tokens", zero=True)
-    _positive("optimizer", optimizer, "learning_rate", "eps")
-    _positive("optimizer", optimizer, "warmup_tokens", "weight_decay", "clip_norm", zero=True)
-    _positive("optimizer", optimizer, "final_learning_rate", zero=True)
-    for key in ("b1", "b2"):
-        value = getattr(optimizer, key)
-        _require(0 <= value < 1, f"config.optimizer.{key}", value, "a number in [0, 1)")
-    _require(
-        optimizer.final_learning_rate <= optimizer.learning_rate,
-        "config.optimizer.final_learning_rate",
-        optimizer.final_learning_rate,
-        f"at most learning_rate ({optimizer.learning_rate})",
-    )
-    _positive("evaluation", run.evaluation, "every_steps", zero=True)
-    _positive("evaluation", run.evaluation, "tokens_per_source")
-    _positive("checkpoint", run.checkpoint, "every_steps", "keep_last")
-    _positive("checkpoint", run.checkpoint, "keep_every_steps", zero=True)
-    _positive("samples", run.samples, "max_tokens")
-    _positive("samples", run.samples, "temperature", "top_k", zero=True)
-
-
-def _validate_data(data: DataConfig) -> None:
-    _require_choice("config.data.verify", data.verify, VERIFY_MODES)
-    _positive("data", data, "num_workers", zero=True)
-    _positive("data", data, "prefetch")
-    _require(
-        0 < data.heldout_fraction < 1,
-        "config.data.heldout_fraction",
-        data.heldout_fraction,
-        "a number between 0 and 1",
-    )
-    _require(bool(data.sources), "config.data.sources", {}, "at least one source")
-    for name, source in data.sources.items():
-        key = f"config.data.sources.{name}"
-        if source.builtin:
-            _require_choice(f"{key}.builtin", source.builtin, BUILTIN_SOURCES)
-            _require(
-                not source.path and not source.heldout_path,
-                f"{key}.path",
-                source.path or source.heldout_path,
-                "no path beside builtin",
-            )
-        else:
-            _require(bool(source.path), f"{key}.path", "", "the folder of a TokenStore")
-        _require(source.max_epochs > 0, f"{key}.max_epochs", source.max_epochs, "a positive number")
-    chosen = [
-        key for key in ("path", "builtin", "train_vocab_size") if getattr(data.tokenizer, key)
-    ]
-    _require(
-        len(chosen) == 1,
-        "config.data.tokenizer",
-        ", ".join(chosen) or "nothing set",
-        "exactly one of path, builtin and train_vocab_size",
-    )
-    if data.tokenizer.builtin:
-        _require_choice("config.data.tokenizer.builtin", data.tokenizer.builtin, ("mistral",))
-
-
-def _validate_phases(run: RunConfig) -> None:
-    _require(bool(run.phases), "config.phases", (), "at least one phase")
-    longest = max(row.context_length for row in run.phases)
-    for i, row in enumerate(run.phases):
-        _validate_phase(run, row, f"config.phases[{i}]", longest)
-    names = [row.name for row in run.phases]
-    _require(len(set(names)) == len(names), "config.phases", names, "a different name a phase")
-
-
-def _validate_phase(run: RunConfig, phase: PhaseConfig, key: str, longest: int) -> None:
-    _require(bool(phase.name), f"{key}.name", phase.name, "a name")
-    context, batch = phase.context_length, phase.batch_tokens or run.training.batch_tokens
-    for field in ("tokens", "context_length", "batch_tokens"):
-        value = getattr(phase, field)
-        _require(value is None or value > 0, f"{key}.{field}", value, "a positive number")
-    _require(
-        context <= run.model.max_position_embeddings,
-        f"{key}.context_length",
-        context,
-        f"at most model.max_position_embeddings ({run.model.max_position_embeddings})",
-    )
-    _require(
-        longest % context == 0,
-        f"{key}.context_length",
-        context,
-        f"a divisor of the longest context of the run ({longest})",
-    )
-    _require(
-        batch % context == 0,
-        f"{key}.batch_tokens",
-        batch,
-        f"a multiple of the context length, such as {max(1, round(batch / context)) * context}",
-    )
-    _require(
-        phase.tokens % batch == 0,
-        f"{key}.tokens",
-        phase.tokens,
-        f"a whole number of steps of {batch} tokens, such as {whole_steps(phase.tokens, batch)}",
-    )
-    _require(bool(phase.mixture), f"{key}.mixture", {}, "source names and weights")
-    for source, weight in phase.mixture.items():
-        _require(
-            source in run.data.sources,
-            f"{key}.mixture.{source}",
-            weight,
-            f"a source of config.data.sources ({', '.join(run.data.sources)})",
-        )
-        _require(weight >= 0, f"{key}.mixture.{source}", weight, "zero or a positive weight")
-    _require(
-        sum(phase.mixture.values()) > 0,
-        f"{key}.mixture",
-        dict(phase.mixture),
-        "at least one positive weight",
-    )

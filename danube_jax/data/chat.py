@@ -121,15 +121,38 @@ def render(
     Raises:
       UserError: bad messages, or the template refuses them (with the template's own words).
     """
+    return _render(template, messages, special_tokens, add_generation_prompt=add_generation_prompt)[
+        0
+    ]
+
+
+def render_with_spans(
+    template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and (start, end) of what the template puts between `{% generation %}` tags.
+
+    Raises:
+      UserError: as `render`.
+    """
+    text, spans = _render(template, messages, special_tokens, return_assistant_tokens_mask=True)
+    return text, [(int(start), int(end)) for start, end in spans]
+
+
+def _render(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    special_tokens: Mapping[str, str],
+    **options: bool,
+) -> tuple[str, list]:
     check_messages(messages)
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        rendered, _ = render_jinja_template(
+        rendered, spans = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             chat_template=template,
-            add_generation_prompt=add_generation_prompt,
+            **options,
             **special_tokens,
         )
     except jinja2.exceptions.TemplateSyntaxError as error:
@@ -140,4 +163,4 @@ def render(
         raise UserError(f"the chat template refuses this conversation: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"the chat template failed on this conversation: {error!r}") from None
-    return rendered[0]
+    return rendered[0], spans[0] if spans else []

@@ -144,6 +144,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_markup(self, text: str) -> list[int]:
         return self._markup.encode(text, add_special_tokens=False).ids
 
+    def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self._markup.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
     def encode_prompt(self, text: str) -> list[int]:
         return self._markup.encode(text).ids
 

@@ -105,6 +105,25 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self.model.encode(part)
         return ids
 
+    def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        ends: list[int] = []
+        position = 0
+        for i, part in enumerate(self._control_names.split(text)):
+            if i % 2:
+                ids.append(self._control_ids[part])
+                ends.append(position + len(part))
+            elif part:
+                pieces = self.model.encode(part, return_type="proto").pieces
+                # The library counts bytes; the byte at which a character begins → its number.
+                sizes = [len(character.encode()) for character in part]
+                starts = np.cumsum([0, *sizes])
+                ids += [piece.id for piece in pieces]
+                at = np.searchsorted(starts, [piece.end for piece in pieces], side="left")
+                ends += (position + at).tolist()
+            position += len(part)
+        return ids, ends
+
     def encode_prompt(self, text: str) -> list[int]:
         return self._frame(self.encode_markup(text), self.adds_bos, False)
 

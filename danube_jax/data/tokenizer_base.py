@@ -62,6 +62,10 @@ class Tokenizer(abc.ABC):
         """The ids of a text in which names of control tokens stand for these tokens; no BOS."""
 
     @abc.abstractmethod
+    def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
+        """As `encode_markup`, and for each id where in `text` its characters end."""
+
+    @abc.abstractmethod
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt, as `AutoTokenizer(text)["input_ids"]` of the exported folder."""
 

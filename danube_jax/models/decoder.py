@@ -18,60 +18,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from danube_jax.config import ModelConfig
-from danube_jax.models import fp8
 from danube_jax.models.attention import attention, cached_attention
 from danube_jax.models.blocked_attention import DENOMINATOR_NAME, OUTPUT_NAME
 from danube_jax.models.kv_cache import KVCache, LayerCache, cache_bias
+from danube_jax.models.linear import Linear
+from danube_jax.models.projections import fused_parts
 
 Params = dict[str, Any]
-
-
-class Linear(nn.Module):
-    """A bias-free linear map; every matmul of the blocks goes through this module.
-
-    The matmul runs in `linear_dtype`; the result has the dtype `dtype`. Where the variables hold an
-    FP8 weight in place of the kernel, it runs in FP8.
-    """
-
-    features: int
-    init_std: float
-    dtype: jnp.dtype
-    linear_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_BTI: jax.Array) -> jax.Array:
-        if self.has_variable(fp8.WEIGHTS, "weight"):
-            weight, sums = (
-                self.get_variable(fp8.WEIGHTS, "weight"),
-                self.get_variable(fp8.SUMS, "sums"),
-            )
-            return fp8.fp8_linear(x_BTI, weight, sums).astype(self.dtype)
-        shape = (x_BTI.shape[-1], self.features)
-        kernel_IO = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
-        y_BTO = linear(x_BTI.astype(self.linear_dtype), kernel_IO.astype(self.linear_dtype))
-        return y_BTO.astype(self.dtype)
-
-
-@jax.custom_vjp
-def linear(x_BTI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """x_BTI @ kernel_IO, with a backward pass that makes the kernel's gradient as [I, O].
-
-    Plain autodiff makes it as [O, I] and transposes it afterwards.
-    """
-    return jnp.dot(x_BTI, kernel_IO)
-
-
-def _linear_forward(x_BTI, kernel_IO):
-    return jnp.dot(x_BTI, kernel_IO), (x_BTI, kernel_IO)
-
-
-def _linear_backward(residuals, dy_BTO):
-    x_BTI, kernel_IO = residuals
-    x_MI, dy_MO = (array.reshape(-1, array.shape[-1]) for array in (x_BTI, dy_BTO))
-    return jnp.dot(dy_BTO, kernel_IO.T), jnp.dot(x_MI.T, dy_MO)
-
-
-linear.defvjp(_linear_forward, _linear_backward)
 
 
 class RMSNorm(nn.Module):
@@ -121,7 +74,8 @@ class SelfAttention(nn.Module):
         head_size = config.head_size
         std, dtypes = config.initializer_range, (self.dtype, self.linear_dtype)
 
-        qkv_BTO = Linear((heads + 2 * kv_heads) * head_size, std, *dtypes, name="qkv_proj")(x_BTD)
+        parts = functools.partial(fused_parts, config, "self_attn")
+        qkv_BTO = Linear(parts("qkv_proj"), std, *dtypes, name="qkv_proj")(x_BTD)
         qkv_BTNH = qkv_BTO.reshape(*x_BTD.shape[:2], heads + 2 * kv_heads, head_size)
         q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, [heads, heads + kv_heads], axis=2)
         q_BTNH, k_BTKH = apply_rotary(q_BTNH, rotary), apply_rotary(k_BTKH, rotary)
@@ -142,7 +96,7 @@ class SelfAttention(nn.Module):
             )
 
         out_BTO = out_BTNH.reshape(*x_BTD.shape[:2], heads * head_size)
-        return Linear(config.hidden_size, std, *dtypes, name="o_proj")(out_BTO), layer_cache
+        return Linear(parts("o_proj"), std, *dtypes, name="o_proj")(out_BTO), layer_cache
 
 
 @jax.custom_vjp
@@ -182,9 +136,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config, dtypes = self.config, (self.dtype, self.linear_dtype)
-        features, std = config.intermediate_size, config.initializer_range
-        gate_up_BTF = Linear(2 * features, std, *dtypes, name="gate_up_proj")(x_BTD)
-        return Linear(config.hidden_size, std, *dtypes, name="down_proj")(swiglu(gate_up_BTF))
+        parts, std = functools.partial(fused_parts, config, "mlp"), config.initializer_range
+        gate_up_BTF = Linear(parts("gate_up_proj"), std, *dtypes, name="gate_up_proj")(x_BTD)
+        return Linear(parts("down_proj"), std, *dtypes, name="down_proj")(swiglu(gate_up_BTF))
 
 
 class Block(nn.Module):

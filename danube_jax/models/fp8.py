@@ -23,9 +23,6 @@ E5M2 = jnp.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57_344.0}
 MAX_EXPONENT = 60  # of a scale; the product of two stays far inside float32 and bfloat16
 
-WEIGHTS, SUMS = "fp8_weights", "fp8_sums"
-"""Variable collections: what a linear layer computes with, and what its gradients replace."""
-
 _LAST_DIMENSIONS = (((1,), (1,)), ((), ()))
 
 
@@ -72,6 +69,14 @@ class Fp8Sums:
         return cls(jnp.zeros((inputs, outputs), jnp.float32), *scalars)
 
 
+@flax.struct.dataclass
+class Fp8Kernel:
+    """Stands in a linear layer's parameters where its kernel would; only `sums` has a gradient."""
+
+    weight: Fp8Weight
+    sums: Fp8Sums
+
+
 def power_of_two_scale(amax: jax.Array, dtype: Any, margin: float = 1.0) -> jax.Array:
     """The least power of two at which `amax * margin` does not exceed the format's largest number.
 
@@ -93,14 +98,14 @@ def amax(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x)).astype(jnp.float32)
 
 
-def fp8_linear(x_BTI: jax.Array, weight: Fp8Weight, sums: Fp8Sums) -> jax.Array:
-    """x @ weight by FP8 matmuls; the result [B, T, O] has the dtype of `x_BTI`.
+def fp8_linear(x_BTI: jax.Array, kernel: Fp8Kernel) -> jax.Array:
+    """x @ kernel by FP8 matmuls; the result [B, T, O] has the dtype of `x_BTI`.
 
-    Differentiated, it gives the input's gradient in that dtype, and as the gradient of `sums`
-    their next values.
+    Differentiated, it gives the input's gradient in that dtype, and as the gradient of the kernel's
+    `sums` their next values.
     """
     x_MI = x_BTI.reshape(-1, x_BTI.shape[-1])
-    return _linear(x_MI, weight, sums).reshape(*x_BTI.shape[:-1], -1)
+    return _linear(x_MI, kernel.weight, kernel.sums).reshape(*x_BTI.shape[:-1], -1)
 
 
 @jax.custom_vjp

@@ -21,6 +21,8 @@ from danube_jax.models.projections import FUSED, PROJECTIONS, projection_shapes
 
 Params = dict[str, Any]
 
+COLLECTION = "lora"  # of Flax variables, from which the decoder's linear modules take adapters
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -140,3 +142,66 @@ def merge(params: Params, adapters: Params, lora: LoraConfig, config: ModelConfi
             )
             merged[layer][block] = merged[layer][block] | {module: {"kernel": kernel}}
     return merged
+
+
+def adapter_collection(
+    adapters: Params, lora: LoraConfig, dtype: jnp.dtype, row_keys_B: jax.Array | None = None
+) -> Params:
+    """Adapters as the decoder's variables: ``Decoder.apply({"params": base, COLLECTION: ...})``.
+
+    Args:
+      adapters: as `abstract_adapters` describes them.
+      lora: gives scale and dropout.
+      dtype: to compute in.
+      row_keys_B: a random key for each row of the batch, for dropout; None drops nothing. A row's
+        mask is a function of its key alone, wherever the row is computed.
+    """
+    modules = {(block, name): module for (block, module), names in FUSED.items() for name in names}
+    collection: Params = {}
+    count = 0
+    for layer, blocks in adapters.items():
+        for block, names in blocks.items():
+            for name, sides in names.items():
+                count += 1
+                entry = {
+                    "a": sides["a"].astype(dtype),
+                    "b": (lora.scale * sides["b"].astype(jnp.float32)).astype(dtype),
+                }
+                if row_keys_B is not None and lora.dropout:
+                    entry["keys"] = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, count)
+                    entry["keep"] = jnp.float32(1.0 - lora.dropout)
+                module = collection.setdefault(layer, {}).setdefault(block, {})
+                module.setdefault(modules[block, name], {})[name] = entry
+    return collection
+
+
+def adapter_output(
+    x_BTI: jax.Array,
+    adapters: Mapping[str, Any],
+    parts: tuple[tuple[str, int], ...],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """What adapters add to a fused linear module, [B, T, O] in `dtype`.
+
+    Args:
+      x_BTI: the module's input.
+      adapters: {projection: entry of `adapter_collection`}; projections without one add nothing.
+      parts: the module's projections and their sizes, in order.
+      dtype: to compute in.
+    """
+    x_BTI = x_BTI.astype(dtype)
+    outputs = []
+    for name, size in parts:
+        if name not in adapters:
+            outputs.append(jnp.zeros((*x_BTI.shape[:-1], size), dtype))
+            continue
+        entry = adapters[name]
+        dropped_BTI = _dropout(x_BTI, entry["keys"], entry["keep"]) if "keys" in entry else x_BTI
+        outputs.append(jnp.dot(jnp.dot(dropped_BTI, entry["a"]), entry["b"]))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
+
+
+def _dropout(x_BTI: jax.Array, keys_B: jax.Array, keep: jax.Array) -> jax.Array:
+    """Inverted dropout with a mask of its own for each row."""
+    mask_BTI = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x_BTI.shape[1:]))(keys_B)
+    return jnp.where(mask_BTI, x_BTI / keep.astype(x_BTI.dtype), 0)

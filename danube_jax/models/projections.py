@@ -28,3 +28,9 @@ def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "up_proj": (hidden, ffn),
         "down_proj": (ffn, hidden),
     }
+
+
+def fused_parts(config: ModelConfig, block: str, module: str) -> tuple[tuple[str, int], ...]:
+    """The projections side by side in a linear module, and the size of each."""
+    shapes = projection_shapes(config)
+    return tuple((name, shapes[name][1]) for name in FUSED[block, module])

@@ -9,6 +9,7 @@ pass of its own batch under current scaling.
 Legend: N linear layers, H steps of history; 2: input, output gradient.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -82,18 +83,23 @@ def first_state(state: Fp8State, amax_N2: jax.Array, config: Fp8Config) -> Fp8St
     return state.replace(scale_N2=jnp.where(scale_N2 == 0, 1.0, scale_N2))
 
 
-def prepare_fp8_weights(params: PyTree, specs: PyTree, state: Fp8State) -> PyTree:
-    """The linear layers' weights in FP8, whole, as the collection `fp8.WEIGHTS`.
+def prepare_fp8_weights(
+    params: PyTree, specs: PyTree, state: Fp8State
+) -> tuple[PyTree, dict[Path, fp8.Fp8Weight]]:
+    """Takes the linear layers out of the parameters and quantises them.
 
     Args:
       params: this device's shards of the float32 parameters; call inside shard_map.
       specs: how they are sharded.
       state: scales of inputs and output gradients.
+
+    Returns:
+      The other parameters, as they are; and the layers' whole weights by path.
     """
-    params, specs = (traverse_util.flatten_dict(tree) for tree in (params, specs))
+    flat, flat_specs = (traverse_util.flatten_dict(tree) for tree in (params, specs))
     weights = {}
-    for row, path in enumerate(linear_layers(traverse_util.unflatten_dict(params))):
-        kernel_IO, dim = params[*path, _KERNEL], sharded_dim(specs[*path, _KERNEL])
+    for row, path in enumerate(linear_layers(params)):
+        kernel_IO, dim = flat.pop((*path, _KERNEL)), sharded_dim(flat_specs[*path, _KERNEL])
         largest = fp8.amax(kernel_IO)
         largest = largest if dim is None else lax.pmax(largest, DATA_AXIS)
         scale = fp8.power_of_two_scale(largest, fp8.E4M3)
@@ -102,58 +108,60 @@ def prepare_fp8_weights(params: PyTree, specs: PyTree, state: Fp8State) -> PyTre
             bytes_IO = lax.bitcast_convert_type(quantized_IO, jnp.uint8)
             bytes_IO = lax.all_gather(bytes_IO, DATA_AXIS, axis=dim, tiled=True)
             quantized_IO = lax.bitcast_convert_type(bytes_IO, fp8.E4M3)
-        weights[*path, "weight"] = fp8.Fp8Weight(
+        weights[path] = fp8.Fp8Weight(
             kernel_OI=quantized_IO.T,
             kernel_IO=quantized_IO,
             scale=scale,
             input_scale=state.scale_N2[row, 0],
             gradient_scale=state.scale_N2[row, 1],
         )
-    return traverse_util.unflatten_dict(weights)
+    return traverse_util.unflatten_dict(flat), weights
 
 
-def with_mode(
-    weights: PyTree, config: Fp8Config, *, measure: bool, current: bool = False
-) -> PyTree:
-    """The same weights for a backward pass that does, or does not, take magnitudes.
+def select(tree: PyTree, like: PyTree) -> PyTree:
+    """The leaves of `tree` that `like` has, too."""
+    flat, wanted = traverse_util.flatten_dict(tree), traverse_util.flatten_dict(like)
+    return traverse_util.unflatten_dict({path: flat[path] for path in wanted})
 
-    With `current`, or where the config asks for it throughout, they are the scales, too.
+
+def with_zero_sums(others: PyTree, weights: dict[Path, fp8.Fp8Weight]) -> PyTree:
+    """Parameters with `Fp8Sums` in place of the linear layers' kernels: what is differentiated."""
+    sums = {(*k, _KERNEL): fp8.Fp8Sums.zeros(*w.kernel_IO.shape) for k, w in weights.items()}
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(others) | sums)
+
+
+def joiner(
+    weights: dict[Path, fp8.Fp8Weight], config: Fp8Config, *, measure: bool, current: bool = False
+) -> Callable[[PyTree], PyTree]:
+    """A function from what is differentiated to the parameters that a decoder computes with.
+
+    Its backward pass takes magnitudes where `measure`; with `current`, or where the config asks for
+    it throughout, they are the scales, too.
     """
-    fast = config.fast_accumulation
-    return jax.tree.map(
-        lambda weight: weight.replace(
-            measure=measure, current=current or config.scaling == "current", fast=fast
-        ),
-        weights,
-        is_leaf=lambda node: isinstance(node, fp8.Fp8Weight),
-    )
+    mode = {"measure": measure, "current": current or config.scaling == "current"}
+    mode["fast"] = config.fast_accumulation
+
+    def join(tree: PyTree) -> PyTree:
+        flat = traverse_util.flatten_dict(tree)
+        for path, weight in weights.items():
+            key = (*path, _KERNEL)
+            flat[key] = fp8.Fp8Kernel(weight.replace(**mode), flat[key])
+        return traverse_util.unflatten_dict(flat)
+
+    return join
 
 
-def zero_sums(weights: PyTree) -> PyTree:
-    """The collection `fp8.SUMS` before a step, for the layers of the collection `fp8.WEIGHTS`."""
-    flat = traverse_util.flatten_dict(weights)
-    return traverse_util.unflatten_dict(
-        {(*path[:-1], "sums"): fp8.Fp8Sums.zeros(*w.kernel_IO.shape) for path, w in flat.items()}
-    )
+def is_sums(node: Any) -> bool:
+    """Whether a node of a tree of gradients is its own next value."""
+    return isinstance(node, fp8.Fp8Sums)
 
 
-def without_linear_layers(params: PyTree) -> PyTree:
-    """The parameters that are not in FP8: embedding, head, norms."""
-    flat, layers = traverse_util.flatten_dict(params), set(linear_layers(params))
-    return traverse_util.unflatten_dict({k: v for k, v in flat.items() if k[:-1] not in layers})
-
-
-def split_sums(sums: PyTree) -> tuple[PyTree, jax.Array]:
-    """Gradients of the linear layers as a tree of parameters, and magnitudes float32 [N, 2]."""
-    flat = {path[:-1]: leaf for path, leaf in traverse_util.flatten_dict(sums).items()}
-    gradients = {(*path, _KERNEL): leaf.gradient_IO for path, leaf in flat.items()}
+def split_sums(grads: PyTree) -> tuple[PyTree, jax.Array]:
+    """Gradients with plain arrays for all parameters, and magnitudes float32 [N, 2]."""
+    flat = traverse_util.flatten_dict(grads)
+    sums = {path: leaf for path, leaf in flat.items() if is_sums(leaf)}
     amax_N2 = jnp.stack(
-        [jnp.stack([flat[path].input_amax, flat[path].gradient_amax]) for path in sorted(flat)]
+        [jnp.stack([sums[path].input_amax, sums[path].gradient_amax]) for path in sorted(sums)]
     )
-    return traverse_util.unflatten_dict(gradients), lax.pmax(amax_N2, DATA_AXIS)
-
-
-def merge(left: PyTree, right: PyTree) -> PyTree:
-    """One tree of two that share no leaf."""
-    flat = traverse_util.flatten_dict(left) | traverse_util.flatten_dict(right)
-    return traverse_util.unflatten_dict(flat)
+    flat |= {path: leaf.gradient_IO for path, leaf in sums.items()}
+    return traverse_util.unflatten_dict(flat), lax.pmax(amax_N2, DATA_AXIS)

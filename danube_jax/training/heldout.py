@@ -15,25 +15,34 @@ from danube_jax.training.mesh import DATA_AXIS, put_batch
 from danube_jax.training.objectives import Objective
 from danube_jax.training.step import TrainState, prepare_weights
 
-EvalStep = Callable[[Any, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
+EvalStep = Callable[..., dict[str, jax.Array]]
 
 
 def make_eval_step(
-    objective: Objective, *, mesh: Mesh, specs: TrainState, compute_dtype: jnp.dtype
+    objective: Objective,
+    *,
+    mesh: Mesh,
+    specs: TrainState,
+    compute_dtype: jnp.dtype,
+    has_frozen: bool = False,
 ) -> EvalStep:
-    """A jitted ``(params, batch, bytes_V) -> sums`` of `nll`, `tokens` and `bytes`, replicated.
+    """A jitted ``(params, batch, bytes_V[, frozen]) -> sums``, replicated.
 
-    `batch` holds global arrays [1, B, T]; `bytes_V` float32 [V] the UTF-8 bytes a token stands for.
+    The sums are `nll`, `tokens` and `bytes`, or, of a batch of preference pairs, `loss`, `pairs`
+    and the objective's own. `batch` holds global arrays [1, B, T]; `bytes_V` float32 [V] the UTF-8
+    bytes a token stands for; `frozen` is as for the training step.
     """
 
     def sums(
-        params: Any, batch: Mapping[str, jax.Array], bytes_V: jax.Array
+        params: Any, batch: Mapping[str, jax.Array], bytes_V: jax.Array, *frozen: Any
     ) -> dict[str, jax.Array]:
         weights = prepare_weights(params, specs.params, compute_dtype)
         rows = jax.tree.map(lambda x: x[0], dict(batch))
-        nll, _ = objective({"params": weights}, rows)
+        loss, aux = objective(weights, rows, *frozen)
+        if "pairs" in rows:
+            return lax.psum(aux | {"loss": loss, "pairs": jnp.sum(rows["pairs"])}, DATA_AXIS)
         local = {
-            "nll": nll,
+            "nll": loss,
             "tokens": jnp.sum(rows["weights"]),
             "bytes": jnp.sum(bytes_V[rows["targets"]] * rows["weights"]),
         }
@@ -43,7 +52,7 @@ def make_eval_step(
         jax.shard_map(
             sums,
             mesh=mesh,
-            in_specs=(specs.params, P(None, DATA_AXIS), P()),
+            in_specs=(specs.params, P(None, DATA_AXIS), P(), *([P()] if has_frozen else [])),
             out_specs=P(),
             check_vma=False,
         ),
@@ -58,20 +67,27 @@ def evaluate_source(
     *,
     mesh: Mesh,
     bytes_V: np.ndarray,
+    frozen: Any = None,
 ) -> dict[str, float]:
     """`loss` (nats a token), `bits_per_byte` and `tokens` over all of a source's batches.
 
+    Of preference pairs: means over pairs of `loss` and the objective's metrics, and `pairs`.
+
     Sums are added in float64 on the host, in order, so that the figure does not depend on timing.
     """
-    totals = {"nll": 0.0, "tokens": 0.0, "bytes": 0.0}
+    totals: dict[str, float] = {}
+    more = () if frozen is None else (frozen,)
     pending: list[dict[str, jax.Array]] = []
     for batch in batches:
         local = {key: np.asarray(value)[None] for key, value in batch.items()}
-        pending.append(eval_step(params, put_batch(mesh, local), bytes_V))
+        pending.append(eval_step(params, put_batch(mesh, local), bytes_V, *more))
         if len(pending) > 1:  # one batch ahead of the host, and no more memory than that
             _add(totals, pending.pop(0))
     for sums in pending:
         _add(totals, sums)
+    if "pairs" in totals:
+        pairs = totals.pop("pairs")
+        return {key: total / max(pairs, 1.0) for key, total in totals.items()} | {"pairs": pairs}
     return {
         "loss": totals["nll"] / max(totals["tokens"], 1.0),
         "bits_per_byte": totals["nll"] / np.log(2) / max(totals["bytes"], 1.0),
@@ -80,8 +96,8 @@ def evaluate_source(
 
 
 def _add(totals: dict[str, float], sums: Mapping[str, jax.Array]) -> None:
-    for key in totals:
-        totals[key] += float(sums[key])
+    for key, value in sums.items():
+        totals[key] = totals.get(key, 0.0) + float(value)
 
 
 def unigram_loss(train: TokenStore, heldout: TokenStore, vocab_size: int) -> float:

@@ -18,21 +18,23 @@ from jax.sharding import PartitionSpec as P
 
 from danube_jax.config import RunConfig
 from danube_jax.console import console, info, warn
-from danube_jax.data.loader import BatchSource, heldout_batches, make_loader
+from danube_jax.data.loader import make_loader
 from danube_jax.data.phases import describe_mismatch
 from danube_jax.errors import EXIT_INTERRUPTED, RunError, UserError
 from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig
-from danube_jax.models.decoder import Decoder, flops_per_token, init_params
+from danube_jax.models.decoder import Decoder, flops_per_token
 from danube_jax.training.checkpoint import Checkpointer
 from danube_jax.training.dtypes import DTYPES, linear_dtype
-from danube_jax.training.heldout import evaluate_source, make_eval_step, unigram_loss
-from danube_jax.training.init_from import Initialization, resolve_model
+from danube_jax.training.frozen_weights import FrozenWeights
+from danube_jax.training.heldout import make_eval_step
+from danube_jax.training.init_from import resolve_model
 from danube_jax.training.mesh import DATA_AXIS, make_mesh, put_batch
 from danube_jax.training.metrics import MetricsWriter, Throughput, memory_bytes
-from danube_jax.training.objectives import language_modeling
 from danube_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from danube_jax.training.run_data import RunData, open_run_data
+from danube_jax.training.pretraining import Pretraining
+from danube_jax.training.rounds import first_workdir, is_complete, split_rounds
+from danube_jax.training.run_data import open_run_data
 from danube_jax.training.signals import StopRequest
 from danube_jax.training.step import (
     TrainState,
@@ -41,16 +43,15 @@ from danube_jax.training.step import (
     state_shardings,
     state_specs,
 )
-from danube_jax.training.terminal import TrainingDisplay, announce, summarize
+from danube_jax.training.task import Evaluator, Task
+from danube_jax.training.terminal import TrainingDisplay, announce
+from danube_jax.training.tuning import open_round, tuning_tokenizer
 from danube_jax.training.workdir import (
     CHECKPOINTS,
     check_workdir,
     claim_workdir,
-    has_checkpoints,
     keep_tokenizer,
 )
-
-EVAL_TOKENS_PER_DEVICE = 16_384
 
 
 def train(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
@@ -71,9 +72,47 @@ def train(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
             "cuDNN's attention cannot mask documents: using the dense one, whose memory grows "
             "with the square of the context"
         )
+    if run.objective != "pretrain":
+        return tune(run, workdir, stop)
     run = resolve_model(run, workdir)
     check_workdir(workdir, run)
-    trainer = Trainer(run, workdir, open_run_data(run, workdir))
+    return run_task(Pretraining(run, workdir, open_run_data(run, workdir)), stop)
+
+
+def tune(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
+    """Runs the rounds of a tuning config one after another; returns the process's exit status.
+
+    The last round's folder is `workdir` itself; earlier ones are in `workdir`/rounds, and each is a
+    run of its own that starts from the one before. All data is read before the first begins.
+
+    Raises:
+      UserError: the config, the data, a workdir or the disk does not allow it.
+      RunError: a round diverged.
+    """
+    run = resolve_model(run, first_workdir(run, workdir))
+    tokenizer = tuning_tokenizer(run)
+    rounds = split_rounds(run, workdir)
+    for one, folder in rounds:
+        check_workdir(folder, one)
+    tasks = [open_round(one, folder, tokenizer) for one, folder in rounds]
+    for i, task in enumerate(tasks):
+        if len(tasks) > 1:
+            info(f"round {i + 1} of {len(tasks)}: {task.run.rounds[0].name}")
+        if i < len(tasks) - 1 and is_complete(task.workdir, task.schedule.total_steps):
+            info(f"complete, in {task.workdir}")
+            continue
+        status = run_task(task, stop)
+        if status:
+            return status
+        if i < len(tasks) - 1 and not is_complete(task.workdir, task.schedule.total_steps):
+            info("the next round begins when this one is complete")
+            break
+    return 0
+
+
+def run_task(task: Task, stop: StopRequest) -> int:
+    """Trains one task to its end, or until it is asked to stop; returns the exit status."""
+    trainer = Trainer(task)
     try:
         return trainer.run(stop)
     finally:
@@ -85,37 +124,34 @@ class _Pending:
     """A dispatched step whose metrics are still on the device."""
 
     step: int
+    tokens: int
     data_wait: float
+    host_metrics: dict[str, float]
     metrics: dict[str, jax.Array]
 
 
 class Trainer:
     """One process's part of a run: compiled steps, state, and what it writes."""
 
-    def __init__(self, run: RunConfig, workdir: Path, data: RunData):
-        self.config, self.workdir, self.data = run, workdir, data
-        self.schedule = data.schedule
+    def __init__(self, task: Task):
+        run, workdir = task.run, task.workdir
+        self.task, self.config, self.workdir = task, run, workdir
+        self.schedule = task.schedule
         self.mesh = make_mesh()
-        self.source = BatchSource(
-            run,
-            data.train,
-            devices=self.mesh.size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        self.initialization = None
-        if run.init_from.path and not has_checkpoints(workdir):
-            self.initialization = Initialization.plan(run, data.tokenizer)
+        self.source = task.batch_source(self.mesh.size)
+        self.initialization = task.plan_initialization()
         self._compile_parts()
         self.last_step = self._last_step()
         if jax.process_index() == 0:
             claim_workdir(workdir, run)
-            keep_tokenizer(workdir, data.tokenizer)
+            keep_tokenizer(workdir, task.tokenizer)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("workdir claimed")
         self.checkpointer = Checkpointer(workdir / CHECKPOINTS, run.checkpoint)
         self.origin: dict[str, Any] | None = None  # what the weights were initialised from
+        self.frozen: FrozenWeights | None = None
         self.state = self._restore_or_init()
+        self.source = task.begin(self.source, self.frozen, self.evaluator)
         self.step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
         self.display = TrainingDisplay(self.schedule, self.last_step)
@@ -128,6 +164,7 @@ class Trainer:
         run, dtype = self.config, DTYPES[self.config.precision.compute]
         self.decoder = Decoder(run.model, dtype, linear_dtype(run.precision))
         self.optimizer = make_optimizer(run.optimizer)
+        has_frozen = self.task.has_frozen
         abstract = jax.eval_shape(self._fresh_state)
         specs = state_specs(abstract, self.mesh.size, run.training.zero1)
         self.shardings = state_shardings(self.mesh, specs)
@@ -136,19 +173,23 @@ class Trainer:
             abstract,
             self.shardings,
         )
-        chunk_tokens = run.training.loss_chunk_tokens
         layout: dict[str, Any] = {"mesh": self.mesh, "specs": specs, "compute_dtype": dtype}
         self.train_step = make_train_step(
-            language_modeling(self.decoder, z_loss=run.training.z_loss, chunk_tokens=chunk_tokens),
+            self.task.train_objective(self.decoder),
             self.optimizer,
             learning_rate_schedule(run.optimizer, self.schedule),
             clip_norm=run.optimizer.clip_norm,
+            count_name=self.task.count_name,
+            has_frozen=has_frozen,
             fp8_config=run.precision.fp8_config,
             **layout,
         )
-        self.eval_step = make_eval_step(
-            language_modeling(self.decoder, z_loss=0.0, chunk_tokens=chunk_tokens), **layout
-        )
+        objective = self.task.eval_objective(self.decoder)
+        eval_step = make_eval_step(objective, has_frozen=has_frozen, **layout)
+        bytes_V = np.zeros(run.model.vocab_size, np.float32)
+        lengths = self.task.tokenizer.token_byte_lengths()
+        bytes_V[: len(lengths)] = lengths
+        self.evaluator = Evaluator(eval_step, self.mesh, bytes_V)
 
     def _last_step(self) -> int:
         total, limit = self.schedule.total_steps, self.config.training.max_steps
@@ -163,20 +204,20 @@ class Trainer:
 
     def _fresh_state(self) -> TrainState:
         key = jax.random.key(self.config.training.seed)
-        params = init_params(self.config.model, key)
-        return init_state(params, self.optimizer, self.config.precision.fp8_config)
+        fp8_config = self.config.precision.fp8_config
+        return init_state(self.task.fresh_params(key), self.optimizer, fp8_config)
 
     def _restore_or_init(self) -> TrainState:
         restored = self.checkpointer.restore_latest(self.abstract_state)
         if restored is None and self.initialization is not None:
             self.initialization.announce()
             self.origin = self.initialization.describe()
-            return self.initialization.state(self.optimizer, self._fresh_state, self.shardings)
         if restored is None:
-            return jax.jit(self._fresh_state, out_shardings=self.shardings)()
+            return self._first_state()
         state, meta = restored
+        self.frozen = self._load_frozen(meta.get("frozen"))
         self.origin = meta.get("init_from")
-        changes = describe_mismatch(meta["data"], self.data.fingerprint)
+        changes = describe_mismatch(meta["data"], self.task.fingerprint)
         if changes and not self.config.checkpoint.allow_data_change:
             raise UserError(
                 f"{self.workdir}: the data is not what this run was trained on "
@@ -192,9 +233,25 @@ class Trainer:
             )
         return state
 
+    def _first_state(self) -> TrainState:
+        self.frozen = self._load_frozen(None)
+        if self.initialization is None or self.config.lora.rank:
+            return jax.jit(self._fresh_state, out_shardings=self.shardings)()
+        return self.initialization.state(self.optimizer, self._fresh_state, self.shardings)
+
+    def _load_frozen(self, expected: dict[str, str] | None) -> FrozenWeights | None:
+        return self.task.load_frozen(self.mesh, self.decoder.dtype, expected)
+
+    @property
+    def _frozen_argument(self) -> Any:
+        """What the compiled steps take besides the state."""
+        return self.frozen.params if self.task.has_frozen and self.frozen is not None else None
+
     def run(self, stop: StopRequest) -> int:
         """Trains to the last step and reports; returns the exit status."""
-        announce(self.config, self.workdir, self.data, self.step, self.last_step)
+        announce(self.config, self.workdir, self.schedule, self.task.notes())
+        if 0 < self.step < self.last_step:
+            info(f"resuming at step {self.step} of {self.last_step}")
         stop.defer()
         if self.step >= self.last_step:
             self._evaluate_if_missing()
@@ -216,16 +273,19 @@ class Trainer:
         """Steps up to the last one; True where the run was asked to stop before it."""
         config = self.config.checkpoint
         pending: _Pending | None = None
-        for batch, data_wait in self._device_batches():
+        frozen = () if self._frozen_argument is None else (self._frozen_argument,)
+        for batch, data_wait, host_metrics in self._device_batches():
             if pending is not None and self.schedule.phase_at_step(self.step) is not self.phase:
                 self._finish(pending)
                 pending = None
             entered = self._enter_phase()
-            self.state, metrics = self.train_step(self.state, batch, self._stop_flags(stop))
+            self.state, metrics = self.train_step(
+                self.state, batch, self._stop_flags(stop), *frozen
+            )
             self.step += 1
             if pending is not None:
                 self._finish(pending)
-            pending = _Pending(self.step, data_wait, metrics)
+            pending = _Pending(self.step, batch["tokens"].size, data_wait, host_metrics, metrics)
             stopping = self.stop_agreed or (jax.process_count() == 1 and stop.requested)
             last = self.step == self.last_step
             save = stopping or last or self.step % config.every_steps == 0
@@ -242,8 +302,13 @@ class Trainer:
                 self.throughput.reset()
         return False
 
-    def _device_batches(self) -> Iterator[tuple[dict[str, jax.Array], float]]:
-        """Global batches from the next step on, one transferred ahead; with seconds waited."""
+    def _device_batches(
+        self,
+    ) -> Iterator[tuple[dict[str, jax.Array], float, dict[str, float]]]:
+        """Global batches from the next step on, one transferred ahead.
+
+        With the seconds waited for each, and the task's figures of it.
+        """
         loader = make_loader(
             self.source,
             self.step,
@@ -252,7 +317,7 @@ class Trainer:
             prefetch=self.config.data.prefetch,
         )
         iterator = iter(loader)
-        ahead: tuple[dict[str, jax.Array], float] | None = None
+        ahead: tuple[dict[str, jax.Array], float, dict[str, float]] | None = None
         for _ in range(self.step, self.last_step):
             start = time.perf_counter()
             host_batch = next(iterator)
@@ -260,7 +325,7 @@ class Trainer:
             device_batch = put_batch(self.mesh, host_batch)
             if ahead is not None:
                 yield ahead
-            ahead = (device_batch, waited)
+            ahead = (device_batch, waited, self.task.batch_metrics(host_batch))
         if ahead is not None:
             yield ahead
 
@@ -287,7 +352,7 @@ class Trainer:
         """Fetches a step's metrics, acts on them, and logs them where due."""
         metrics = {key: value.item() for key, value in jax.device_get(pending.metrics).items()}
         self.stop_agreed |= metrics.pop("stop") > 0
-        self.throughput.add(self.phase.batch_tokens, pending.data_wait)
+        self.throughput.add(pending.tokens, pending.data_wait)
         if metrics["skipped_in_a_row"]:
             self._on_skip(pending.step, metrics)
         self.display.update(pending.step, metrics["loss"])
@@ -302,6 +367,7 @@ class Trainer:
             "phase": self.phase.name,
             "context": self.phase.context,
             **metrics,
+            **pending.host_metrics,
             **rates,
             "memory_bytes": memory_bytes(),
         }
@@ -331,16 +397,17 @@ class Trainer:
             {
                 "step": self.step,
                 "tokens": self.schedule.tokens_at_step(self.step),
-                "data": self.data.fingerprint,
+                "data": dict(self.task.fingerprint),
                 "devices": self.mesh.size,
                 "init_from": self.origin,
-            },
+            }
+            | self.task.checkpoint_meta(self.frozen),
         )
 
     def _evaluation_due(self) -> bool:
         every = self.config.evaluation.every_steps
         on_schedule = every and self.step and self.step % every == 0
-        return bool(self.data.heldout) and bool(on_schedule or self.step == self.last_step)
+        return self.task.can_evaluate() and bool(on_schedule or self.step == self.last_step)
 
     def _evaluate_if_missing(self) -> None:
         """Evaluates and samples at this step, unless metrics.jsonl has it from before a stop."""
@@ -355,11 +422,6 @@ class Trainer:
 
     def _evaluate(self) -> None:
         phase = self.schedule.phase_at_step(max(self.step - 1, 0))
-        tokens_each = self.config.training.microbatch_tokens or EVAL_TOKENS_PER_DEVICE
-        rows = self.mesh.size * max(1, tokens_each // phase.context)
-        bytes_V = np.zeros(self.config.model.vocab_size, np.float32)
-        lengths = self.data.tokenizer.token_byte_lengths()
-        bytes_V[: len(lengths)] = lengths
         row: dict[str, Any] = {
             "kind": "evaluation",
             "step": self.step,
@@ -367,59 +429,46 @@ class Trainer:
             "phase": phase.name,
             "context": phase.context,
         }
-        for name, store in self.data.heldout.items():
-            batches = heldout_batches(
-                store,
-                context=phase.context,
-                batch_rows=rows,
-                tokens=self.config.evaluation.tokens_per_source,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                mask_documents=self.config.data.mask_documents,
-            )
-            result = evaluate_source(
-                self.eval_step, self.state.params, batches, mesh=self.mesh, bytes_V=bytes_V
-            )
-            row |= {f"{key}/{name}": value for key, value in result.items()}
+        row |= self.task.evaluate(
+            self.state.params, self._frozen_argument, self.evaluator, self.step
+        )
         if self.writer is not None:
             self.writer.write(row)
         self.display.log_evaluation(row)
 
     def _sample(self) -> None:
         """Continues the configured prompts; process 0 generates from a copy of the weights."""
-        config = self.config.samples
+        config, task = self.config.samples, self.task
         if not config.prompts:
             return
         replicate = jax.jit(lambda p: p, out_shardings=NamedSharding(self.mesh, P()))
         params = jax.tree.map(lambda x: x.addressable_data(0), replicate(self.state.params))
         if self.writer is None:
             return
-        tokenizer = self.data.tokenizer
-        prompts = [tokenizer.encode(prompt, bos=True) for prompt in config.prompts]
+        if self.frozen is not None:
+            frozen = jax.tree.map(lambda x: x.addressable_data(0), self.frozen.params)
+            params = task.whole_params(params, frozen)
+        eos_id = task.tokenizer.eos_id
+        prompts = [task.encode_prompt(prompt) for prompt in config.prompts]
         generator = Generator(self.config.model, params, dtype=self.decoder.dtype)
         sampling = SamplingConfig(
             max_tokens=config.max_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
-            stop_tokens=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+            stop_tokens=() if eos_id is None else (eos_id,),
             seed=self.config.training.seed,
         )
+        completions = generator.generate(prompts, sampling)
         texts = [
-            tokenizer.decode([*prompt, *completion.tokens])
-            for prompt, (completion,) in zip(
-                prompts, generator.generate(prompts, sampling), strict=True
-            )
+            task.sample_text(prompt, ids, completion.tokens)
+            for prompt, ids, (completion,) in zip(config.prompts, prompts, completions, strict=True)
         ]
         self.display.log_samples(self.step, config.prompts, texts)
         self.writer.write_samples(self.step, texts)
 
     def _summarize(self) -> None:
         if self.writer is not None:
-            unigram = {
-                name: unigram_loss(self.data.train[name], store, self.config.model.vocab_size)
-                for name, store in self.data.heldout.items()
-            }
-            summarize(self.writer.evaluations, unigram, self.workdir)
+            self.task.summarize(self.writer.evaluations)
 
     def close(self) -> None:
         """Waits for checkpoints and closes files."""

@@ -65,12 +65,17 @@ def chunked_cross_entropy(
 def token_nll(
     h_MD: jax.Array, head_DV: jax.Array, targets_M: jax.Array, *, chunk_tokens: int
 ) -> jax.Array:
-    """Negative log-likelihood of each token, float32 [M]; forward only, chunk by chunk."""
-    head_DV = head_DV.astype(h_MD.dtype)
+    """Negative log-likelihood of each token, float32 [M], chunk by chunk.
 
+    Differentiable: the backward pass makes the logits of a chunk again, and sums the head's
+    gradient in float32.
+    """
+    head_DV = head_DV.astype(jnp.float32)
+
+    @jax.checkpoint
     def chunk_nll(_, chunk):
         h_CD, targets_C = chunk
-        logits_CV = jnp.dot(h_CD, head_DV)
+        logits_CV = jnp.dot(h_CD, head_DV.astype(h_CD.dtype))
         return None, _logsumexp(logits_CV) - _target_logits(logits_CV, targets_C)
 
     _, nll_M = _scan_chunks(chunk_nll, None, (h_MD, targets_M), chunk_tokens)

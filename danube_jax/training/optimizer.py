@@ -27,7 +27,7 @@ def learning_rate_schedule(
     total = schedule.total_tokens
     boundaries = [phase.first_step for phase in schedule.phases] + [schedule.total_steps]
     consumed = [phase.first_token / total for phase in schedule.phases] + [1.0]
-    warmup = config.warmup_tokens / total
+    warmup = max(config.warmup_tokens / total, config.warmup_fraction)
     steps_K = np.asarray(boundaries, np.float32)
     consumed_K = np.asarray(consumed, np.float32)
 

@@ -219,7 +219,7 @@ def _saved_bytes_per_token(run: RunConfig, layers: int) -> float:
             batch["segment_ids"] = jax.ShapeDtypeStruct(shape, jnp.int32)
 
         def residuals(weights: Any, batch: Any) -> Any:
-            return jax.vjp(lambda w: objective({"params": w}, batch)[0], weights)[1]
+            return jax.vjp(lambda w: objective(w, batch)[0], weights)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(residuals, weights, batch))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

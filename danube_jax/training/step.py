@@ -4,8 +4,8 @@
 the micro-batches and sums their gradients; `update` clips, steps the optimizer and counts.
 Master parameters and optimizer state are float32 and, with ZeRO-1 (Rajbhandari et al., section
 5.1), sharded over the mesh's `data` axis: the step gathers weights in the compute dtype and
-scatters gradient sums in float32, once each. With FP8 (`fp8_scaling.py`) the linear layers' weights
-are quantised and gathered as bytes, and their gradients accumulate inside the matmuls.
+scatters gradient sums in float32, once each. In FP8 (`fp8_scaling.py`) the weights of the linear
+layers are quantised and gathered as bytes, and their gradients are summed inside the matmuls.
 
 Legend: A micro-batches a step, B rows of a micro-batch (all devices), T context.
 """
@@ -23,13 +23,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from danube_jax.config import Fp8Config
-from danube_jax.models import fp8
 from danube_jax.training import fp8_scaling
+from danube_jax.training.fp8_scaling import is_sums
 from danube_jax.training.mesh import DATA_AXIS, shard_spec, sharded_dim
-from danube_jax.training.objectives import Objective
+from danube_jax.training.objectives import Objective, counted
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
+Join = Callable[[PyTree], PyTree]
 
 
 @flax.struct.dataclass
@@ -100,62 +101,62 @@ def reduce_gradients(grads: PyTree, specs: PyTree) -> PyTree:
 
 def accumulate(
     objective: Objective,
-    variables: PyTree,
+    weights: PyTree,
     batch: Batch,
+    frozen: PyTree = None,
     *,
-    first: PyTree | None = None,
-    others: PyTree | None = None,
+    join_first: Join | None = None,
+    join: Join = lambda tree: tree,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Gradients and metric sums of this device's rows of all micro-batches; inside shard_map.
 
     Args:
       objective: sums of loss and metrics over a micro-batch.
-      variables: what is differentiated: `params`, whole weights in the compute dtype; and, with
-        FP8, the collection whose gradient is its next value.
-      batch: arrays [A, B_local, T].
-      first, others: variables beside these for the first micro-batch and for the others; None
-        where there are none.
+      weights: what is differentiated: whole weights in the compute dtype; in FP8, `Fp8Sums` in
+        place of a kernel, whose gradient is its next value.
+      batch: arrays [A, B_local, ...].
+      frozen: weights that are not trained, for objectives that have some.
+      join_first, join: from such weights to those that the objective takes, for the first
+        micro-batch and for the others; None: the first one is like the others.
 
     Returns:
-      `variables` in float32 with the gradients of (sum of losses) / (valid tokens of the whole
-      step, all devices), not yet summed over devices, in place of `params`, and the other
-      collection's last value; and metric sums over this device's rows, with `weights` the valid
-      tokens among them.
+      float32 gradients of (sum of losses) / (valid tokens, or pairs, of the whole step, all
+      devices), not yet summed over devices; and metric sums over this device's rows, with
+      `weights` the number of valid tokens, or pairs, among them.
     """
-    valid = lax.psum(jnp.sum(batch["weights"], dtype=jnp.float32), DATA_AXIS)
+    more = () if frozen is None else (frozen,)
+    valid = lax.psum(jnp.sum(counted(batch), dtype=jnp.float32), DATA_AXIS)
     scale = 1.0 / jnp.maximum(valid, 1.0)
 
-    def scaled_loss(variables: PyTree, constants: PyTree, microbatch: Batch) -> tuple:
-        loss_sum, sums = objective({**variables, **constants}, microbatch)
-        sums = sums | {
-            "loss": loss_sum,
-            "weights": jnp.sum(microbatch["weights"], dtype=jnp.float32),
-        }
-        return loss_sum * scale, sums
-
     def micro_step(
-        carry: PyTree, microbatch: Batch, constants: PyTree
+        carry: PyTree | None, microbatch: Batch, join: Join
     ) -> tuple[PyTree, dict[str, jax.Array]]:
-        inputs = {**carry, "params": variables["params"]}
-        new, sums = jax.grad(scaled_loss, has_aux=True)(inputs, constants, microbatch)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), new["params"])
-        if carry["params"] is not None:
-            grads = jax.tree.map(jnp.add, carry["params"], grads)
-        return {**new, "params": grads}, sums
+        def scaled_loss(weights: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            loss_sum, sums = objective(join(weights), microbatch, *more)
+            count = jnp.sum(counted(microbatch), dtype=jnp.float32)
+            return loss_sum * scale, sums | {"loss": loss_sum, "weights": count}
 
-    rows = batch["weights"].shape[0]
-    if rows == 1 or first is not None:
-        carry = {**variables, "params": None}
-        carry, sums = micro_step(carry, jax.tree.map(lambda x: x[0], batch), first or {})
-        if rows == 1:
-            return carry, sums
-        batch = jax.tree.map(lambda x: x[1:], batch)
+        def add(total: PyTree, grad: PyTree) -> PyTree:
+            return grad if is_sums(grad) else total + grad.astype(jnp.float32)
+
+        if carry is None:
+            grads, sums = jax.grad(scaled_loss, has_aux=True)(weights)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+        inputs = jax.tree.map(lambda w, c: c if is_sums(c) else w, weights, carry, is_leaf=is_sums)
+        grads, sums = jax.grad(scaled_loss, has_aux=True)(inputs)
+        return jax.tree.map(add, carry, grads, is_leaf=is_sums), sums
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch["tokens"].shape[0] == 1:
+        return micro_step(None, first, join_first or join)
+    if join_first is None:
+        totals = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights), None
     else:
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), variables["params"])
-        carry, sums = {**variables, "params": zeros}, None
-    carry, more = lax.scan(lambda c, x: micro_step(c, x, others or {}), carry, batch)
-    more = jax.tree.map(lambda x: jnp.sum(x, axis=0), more)
-    return carry, more if sums is None else jax.tree.map(jnp.add, sums, more)
+        totals = micro_step(None, first, join_first)
+        batch = jax.tree.map(lambda x: x[1:], batch)
+    grads, sums = lax.scan(lambda carry, x: micro_step(carry, x, join), totals[0], batch)
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    return grads, sums if totals[1] is None else jax.tree.map(jnp.add, totals[1], sums)
 
 
 def update(
@@ -212,37 +213,45 @@ def make_train_step(
     specs: TrainState,
     compute_dtype: jnp.dtype,
     clip_norm: float,
+    has_frozen: bool = False,
+    count_name: str = "valid_tokens",
     fp8_config: Fp8Config | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step ``(state, batch, stop_D) -> (state, metrics)``; `state` is donated.
 
+    With `has_frozen`, a fourth argument holds weights that are not trained, whole on each device
+    and already in the dtype to compute in. `count_name` is the metric of what losses are means of.
+
     `batch` holds global arrays [A, B, T]; jit compiles once a shape, that is once a phase shape.
     `stop_D` int32 [devices] is 1 where a process wants the run to stop; its sum comes back in
     the metrics, so that all processes stop after the same step without a collective of their own.
-    Metrics are means over valid tokens, on the device. With `fp8_config`, a run's first call
-    measures the scales of its FP8 tensors first.
+    Metrics are means over valid tokens or pairs, on the device. With `fp8_config`, the first call
+    measures the scales of a state that has none yet.
     """
     shardings = state_shardings(mesh, specs)
     replicated = NamedSharding(mesh, P())
-    parts = _gradient_parts(objective, specs, compute_dtype, fp8_config)
-    batch_spec = P(None, DATA_AXIS)
+
+    batch_spec, more = P(None, DATA_AXIS), [P()] if has_frozen else []
     gradients, measure = (
         jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(specs.params, P(), batch_spec, *more),
-            out_specs=results,
+            in_specs=(specs.params, P(), batch_spec, *inputs),
+            out_specs=outputs,
             check_vma=False,
         )
-        for part, more, results in zip(
-            parts, [(P(DATA_AXIS),), ()], [(specs.params, P(), P()), P()], strict=True
+        for part, inputs, outputs in zip(
+            _device_parts(objective, specs, compute_dtype, fp8_config),
+            ([P(DATA_AXIS), *more], []),
+            ((specs.params, P(), P()), P()),
+            strict=True,
         )
     )
 
     def train_step(
-        state: TrainState, batch: Batch, stop_D: jax.Array
+        state: TrainState, batch: Batch, stop_D: jax.Array, *frozen: PyTree
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, fp8_state, sums = gradients(state.params, state.fp8, batch, stop_D)
+        grads, fp8_state, sums = gradients(state.params, state.fp8, batch, stop_D, *frozen)
         stop, valid = sums.pop("stop"), sums.pop("weights")
         means = {key: value / jnp.maximum(valid, 1.0) for key, value in sums.items()}
         state, metrics = update(
@@ -254,12 +263,17 @@ def make_train_step(
             clip_norm=clip_norm,
             fp8_state=fp8_state,
         )
-        return state, means | metrics | {"valid_tokens": valid, "stop": stop}
+        return state, means | metrics | {count_name: valid, "stop": stop}
 
     step = jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, NamedSharding(mesh, batch_spec), None),
+        in_shardings=(
+            shardings,
+            NamedSharding(mesh, batch_spec),
+            None,
+            *([replicated] if has_frozen else []),
+        ),
         out_shardings=(shardings, replicated),
     )
     if fp8_config is None:
@@ -267,45 +281,50 @@ def make_train_step(
     return _CalibratedStep(step, jax.jit(measure, out_shardings=replicated))
 
 
-def _gradient_parts(
+def _device_parts(
     objective: Objective, specs: TrainState, compute_dtype: jnp.dtype, config: Fp8Config | None
 ) -> tuple[Callable, Callable]:
     """The parts of a step that run on every device: gradients, and a first look at magnitudes."""
 
-    def fp8_variables(params: PyTree, fp8_state: PyTree) -> tuple[PyTree, PyTree]:
-        quantized = fp8_scaling.prepare_fp8_weights(params, specs.params, fp8_state)
-        rest = fp8_scaling.without_linear_layers(params)
-        rest_specs = fp8_scaling.without_linear_layers(specs.params)
-        weights = prepare_weights(rest, rest_specs, compute_dtype)
-        return {"params": weights, fp8.SUMS: fp8_scaling.zero_sums(quantized)}, quantized
+    def plain_gradients(
+        params: PyTree, fp8_state: PyTree, batch: Batch, *frozen: PyTree
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        weights = prepare_weights(params, specs.params, compute_dtype)
+        return fp8_state, *accumulate(objective, weights, batch, *frozen)
+
+    def prepare_fp8(params: PyTree, fp8_state: PyTree) -> tuple[PyTree, Any]:
+        others, quantized = fp8_scaling.prepare_fp8_weights(params, specs.params, fp8_state)
+        others = prepare_weights(others, fp8_scaling.select(specs.params, others), compute_dtype)
+        return fp8_scaling.with_zero_sums(others, quantized), quantized
+
+    def fp8_gradients(
+        params: PyTree, fp8_state: PyTree, batch: Batch
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        weights, quantized = prepare_fp8(params, fp8_state)
+        grads, sums = accumulate(
+            objective,
+            weights,
+            batch,
+            join_first=fp8_scaling.joiner(quantized, config, measure=True),
+            join=fp8_scaling.joiner(quantized, config, measure=False),
+        )
+        grads, amax_N2 = fp8_scaling.split_sums(grads)
+        return fp8_scaling.next_state(fp8_state, amax_N2, config), grads, sums
 
     def gradients(
-        params: PyTree, fp8_state: PyTree, batch: Batch, stop_D: jax.Array
+        params: PyTree, fp8_state: PyTree, batch: Batch, stop_D: jax.Array, *frozen: PyTree
     ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
-        if config is None:
-            weights = prepare_weights(params, specs.params, compute_dtype)
-            results, sums = accumulate(objective, {"params": weights}, batch)
-            grads = results["params"]
-        else:
-            variables, quantized = fp8_variables(params, fp8_state)
-            first, others = (
-                {fp8.WEIGHTS: fp8_scaling.with_mode(quantized, config, measure=measure)}
-                for measure in (True, False)
-            )
-            results, sums = accumulate(objective, variables, batch, first=first, others=others)
-            linear_grads, amax_N2 = fp8_scaling.split_sums(results[fp8.SUMS])
-            grads = fp8_scaling.merge(results["params"], linear_grads)
-            fp8_state = fp8_scaling.next_state(fp8_state, amax_N2, config)
+        compute = plain_gradients if config is None else fp8_gradients
+        fp8_state, grads, sums = compute(params, fp8_state, batch, *frozen)
         sums = lax.psum(sums | {"stop": jnp.sum(stop_D)}, DATA_AXIS)
         return reduce_gradients(grads, specs.params), fp8_state, sums
 
     def measure(params: PyTree, fp8_state: PyTree, batch: Batch) -> PyTree:
-        variables, quantized = fp8_variables(params, fp8_state)
-        mode = fp8_scaling.with_mode(quantized, config, measure=True, current=True)
+        weights, quantized = prepare_fp8(params, fp8_state)
+        join = fp8_scaling.joiner(quantized, config, measure=True, current=True)
         first = jax.tree.map(lambda x: x[:1], batch)
-        results, _ = accumulate(objective, variables, first, first={fp8.WEIGHTS: mode})
-        _, amax_N2 = fp8_scaling.split_sums(results[fp8.SUMS])
-        return fp8_scaling.first_state(fp8_state, amax_N2, config)
+        grads, _ = accumulate(objective, weights, first, join=join)
+        return fp8_scaling.first_state(fp8_state, fp8_scaling.split_sums(grads)[1], config)
 
     return gradients, measure
 

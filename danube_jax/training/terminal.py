@@ -14,15 +14,14 @@ from danube_jax.config import RunConfig
 from danube_jax.console import console, info
 from danube_jax.data.phases import Phase, PhaseSchedule
 from danube_jax.models.decoder import param_count
-from danube_jax.training.run_data import RunData
 
 
-def announce(run: RunConfig, workdir: Path, data: RunData, step: int, last_step: int) -> None:
-    """Says what is about to be trained, where it goes, and from which step."""
+def announce(run: RunConfig, workdir: Path, schedule: PhaseSchedule, notes: Sequence[str]) -> None:
+    """Says what is about to be trained, and where it goes."""
     table = Table(title=f"{run.name}: {param_count(run.model):,} parameters", title_justify="left")
     for column in ("phase", "steps", "tokens", "context", "mixture"):
         table.add_column(column, justify="left" if column in ("phase", "mixture") else "right")
-    for phase in data.schedule.phases:
+    for phase in schedule.phases:
         total = sum(weight for _, weight in phase.mixture)
         mixture = ", ".join(f"{name} {weight / total:.1%}" for name, weight in phase.mixture)
         table.add_row(
@@ -33,11 +32,9 @@ def announce(run: RunConfig, workdir: Path, data: RunData, step: int, last_step:
             mixture,
         )
     console.print(table)
-    epochs = ", ".join(f"{name} {float(use.epochs):.2f}" for name, use in data.use.items())
-    info(f"epochs a source over the whole run: {epochs}")
+    for note in notes:
+        info(note)
     info(f"everything goes to {workdir}/ (tensorboard --logdir {workdir}/tensorboard)")
-    if 0 < step < last_step:
-        info(f"resuming at step {step} of {last_step}")
 
 
 class TrainingDisplay:
@@ -107,12 +104,19 @@ class TrainingDisplay:
 
     def log_evaluation(self, row: dict[str, Any]) -> None:
         """Shows held-out losses."""
-        parts = [
-            f"{key.removeprefix('loss/')} {value:.3f} "
-            f"({row[key.replace('loss/', 'bits_per_byte/')]:.3f} bits/byte)"
-            for key, value in row.items()
-            if key.startswith("loss/")
-        ]
+        parts = []
+        for key, value in row.items():
+            figure, _, name = key.partition("/")
+            if figure != "loss":
+                continue
+            if f"bits_per_byte/{name}" in row:
+                more = f"{row[f'bits_per_byte/{name}']:.3f} bits/byte"
+            else:
+                more = (
+                    f"accuracy {row[f'accuracy/{name}']:.1%}, margin {row[f'margin/{name}']:.3f}, "
+                    f"likelier {row[f'likelihood_accuracy/{name}']:.1%}"
+                )
+            parts.append(f"{name} {value:.3f} ({more})")
         info(f"held out at step {row['step']}, context {row['context']}: {', '.join(parts)}")
 
     def log_samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
@@ -142,6 +146,38 @@ def summarize(
                 f"{baseline:.3f}",
             )
         console.print(table)
+    _show_places(workdir)
+
+
+# Figures of a tuning run's evaluations, and how they are shown.
+_TUNING_FIGURES = {
+    "loss": ("loss", "{:.3f}"),
+    "bits_per_byte": ("bits/byte", "{:.3f}"),
+    "accuracy": ("preference accuracy", "{:.1%}"),
+    "margin": ("margin", "{:.3f}"),
+    "likelihood_accuracy": ("chosen likelier", "{:.1%}"),
+}
+
+
+def summarize_tuning(
+    evaluations: Sequence[dict[str, Any]], sources: Sequence[str], workdir: Path
+) -> None:
+    """The end of a round: its first and last evaluation, and where things are."""
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        shown = [f for f in _TUNING_FIGURES if any(f"{f}/{name}" in last for name in sources)]
+        table = Table(title=f"held out, step {last['step']}", title_justify="left")
+        for column in ("source", "step", *(_TUNING_FIGURES[figure][0] for figure in shown)):
+            table.add_column(column, justify="left" if column == "source" else "right")
+        for name in sources:
+            for row in (first, last) if first is not last else (last,):
+                values = [_TUNING_FIGURES[f][1].format(row[f"{f}/{name}"]) for f in shown]
+                table.add_row(name, f"{row['step']:,}", *values)
+        console.print(table)
+    _show_places(workdir)
+
+
+def _show_places(workdir: Path) -> None:
     for name in ("checkpoints", "metrics.jsonl", "samples", "tensorboard"):
         if (workdir / name).exists():
             info(f"{name:14} {workdir / name}")

@@ -14,6 +14,7 @@ from danube_jax.errors import UserError
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 PREPARED_DATA = "data"  # where built-in text is prepared
+ROUNDS = "rounds"  # earlier rounds of a tuning run
 TOKENIZER = "tokenizer"  # a copy of the run's tokenizer, so that the folder is whole
 
 # What may differ when a run is resumed: speed, memory, reporting and housekeeping.
@@ -52,7 +53,7 @@ def check_workdir(workdir: Path, run: RunConfig) -> None:
         raise UserError(f"--workdir={workdir}: not a folder to work in: {reason}") from error
     if CONFIG_FILE in entries:
         _require_same_run(workdir / CONFIG_FILE, run)
-    elif set(entries) - {PREPARED_DATA}:
+    elif set(entries) - {PREPARED_DATA, ROUNDS}:
         raise UserError(
             f"--workdir={workdir}: holds {entries[0]!r} but no {CONFIG_FILE}, so it is not "
             "the folder of a run; choose an empty or a new one"

@@ -49,7 +49,7 @@ def run(arrays, dtype=jnp.float32, **mode):
         arrays["kernel"], input_amax=fp8.amax(x), gradient_amax=fp8.amax(dy), **mode
     )
     sums = fp8.Fp8Sums(jnp.full((I, O), 1e-7), jnp.float32(0.5), jnp.float32(2e-9))
-    y, pullback = jax.vjp(lambda x, sums: fp8.fp8_linear(x, weight, sums), x, sums)
+    y, pullback = jax.vjp(lambda x, sums: fp8.fp8_linear(x, fp8.Fp8Kernel(weight, sums)), x, sums)
     return weight, y, *pullback(dy)
 
 
@@ -144,6 +144,6 @@ def test_zeros_and_huge_numbers_stay_finite(arrays, current):
     weight = make_weight(arrays["kernel"], input_amax=1, gradient_amax=1, current=current)
     sums = fp8.Fp8Sums.zeros(I, O)
     huge = arrays["x"] * 1e6
-    y, pullback = jax.vjp(lambda x, s: fp8.fp8_linear(x, weight, s), huge, sums)
+    y, pullback = jax.vjp(lambda x, s: fp8.fp8_linear(x, fp8.Fp8Kernel(weight, s)), huge, sums)
     assert np.isfinite(y).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(pullback(huge[..., :O])))
