@@ -53,11 +53,28 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fp8Config:
+    """How the linear layers of the blocks are scaled, where they compute in FP8."""
+
+    scaling: str = "delayed"  # by the steps before; 'current': by the tensor itself, slower
+    amax_history: int = 16  # steps
+    margin: float = 2.0  # between the largest magnitude seen and the largest number
+    # Tensor cores may add up with fewer bits: output, input gradient, weight gradient.
+    fast_accumulation: tuple[bool, ...] = (True, True, False)
+
+
+@dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
     """Dtypes of the forward and backward pass; master parameters are always float32."""
 
     linear: str = "bfloat16"  # matmuls of the blocks
     compute: str = "bfloat16"  # activations, embeddings and head
+    fp8: Fp8Config = Fp8Config()
+
+    @property
+    def fp8_config(self) -> Fp8Config | None:
+        """`fp8` where the linear layers use it."""
+        return self.fp8 if self.linear == "fp8" else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from danube_jax.config import InitFromConfig, ModelConfig, PhaseConfig, RoundConfig, RunConfig
 
 OBJECTIVES = ("pretrain", "sft", "dpo")
-LINEAR_PRECISIONS = ("bfloat16", "float32")
+LINEAR_PRECISIONS = ("fp8", "bfloat16", "float32")
+FP8_SCALINGS = ("delayed", "current")
 COMPUTE_DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "xla", "blocked", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
@@ -61,6 +62,7 @@ def validate(run: RunConfig) -> None:
         run.precision.linear,
         f"no wider dtype than precision.compute ({run.precision.compute})",
     )
+    _validate_fp8(run)
     _validate_init_from(run.init_from)
     _validate_training(run)
     _validate_data(run)
@@ -110,6 +112,31 @@ def validate_model(model: ModelConfig) -> None:
         model.head_size,
         "an even head size, since RoPE rotates pairs",
     )
+
+
+def _validate_fp8(run: RunConfig) -> None:
+    config = run.precision.fp8
+    _require_choice("config.precision.fp8.scaling", config.scaling, FP8_SCALINGS)
+    _positive("precision.fp8", config, "amax_history")
+    _require(config.margin >= 1, "config.precision.fp8.margin", config.margin, "at least 1")
+    _require(
+        len(config.fast_accumulation) == 3,
+        "config.precision.fp8.fast_accumulation",
+        config.fast_accumulation,
+        "three values: for output, input gradient and weight gradient",
+    )
+    if run.precision.linear != "fp8":
+        return
+    _require(
+        run.objective != "dpo" and not run.lora.rank,
+        "config.precision.linear",
+        "fp8",
+        "bfloat16 or float32 for DPO and for adapters",
+    )
+    for key in ("hidden_size", "intermediate_size"):
+        value = getattr(run.model, key)
+        expected = "a multiple of 16, as FP8 matmuls need (precision.linear='fp8')"
+        _require(value % 16 == 0, f"config.model.{key}", value, expected)
 
 
 def _validate_init_from(init_from: InitFromConfig) -> None:

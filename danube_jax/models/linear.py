@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from danube_jax.models.fp8 import Fp8Kernel, fp8_linear
 from danube_jax.models.lora import COLLECTION, adapter_output
 
 
@@ -14,7 +15,8 @@ class Linear(nn.Module):
     """A bias-free linear map; every matmul of the blocks goes through this module.
 
     The matmul runs in `linear_dtype`; the result has the dtype `dtype`. Where the collection 'lora'
-    holds adapters of some of the projections (see `lora.adapter_collection`), they are added.
+    holds adapters of some of the projections (see `lora.adapter_collection`), they are added. Where
+    the parameters hold an `Fp8Kernel` in place of the kernel, it runs in FP8.
     """
 
     parts: tuple[tuple[str, int], ...]  # projections side by side, and their sizes
@@ -24,9 +26,14 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
-        shape = (x_BTI.shape[-1], sum(size for _, size in self.parts))
-        kernel_IO = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
-        y_BTO = linear(x_BTI.astype(self.linear_dtype), kernel_IO.astype(self.linear_dtype))
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, Fp8Kernel):
+            y_BTO = fp8_linear(x_BTI, kernel)
+        else:
+            shape = (x_BTI.shape[-1], sum(size for _, size in self.parts))
+            init = nn.initializers.normal(self.init_std)
+            kernel_IO = self.param("kernel", init, shape, jnp.float32)
+            y_BTO = linear(x_BTI.astype(self.linear_dtype), kernel_IO.astype(self.linear_dtype))
         adapters = self.variables.get(COLLECTION)
         if not adapters:
             return y_BTO.astype(self.dtype)

@@ -25,7 +25,7 @@ from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig
 from danube_jax.models.decoder import Decoder, flops_per_token
 from danube_jax.training.checkpoint import Checkpointer
-from danube_jax.training.dtypes import DTYPES
+from danube_jax.training.dtypes import DTYPES, linear_dtype
 from danube_jax.training.frozen_weights import FrozenWeights
 from danube_jax.training.heldout import make_eval_step
 from danube_jax.training.init_from import resolve_model
@@ -169,7 +169,7 @@ class Trainer:
     def _compile_parts(self) -> None:
         """Decoder, sharded state layout, and the jitted steps."""
         run, dtype = self.config, DTYPES[self.config.precision.compute]
-        self.decoder = Decoder(run.model, dtype, DTYPES[run.precision.linear])
+        self.decoder = Decoder(run.model, dtype, linear_dtype(run.precision))
         self.optimizer = make_optimizer(run.optimizer)
         has_frozen = self.task.has_frozen
         abstract = jax.eval_shape(self._fresh_state)
@@ -188,6 +188,7 @@ class Trainer:
             clip_norm=run.optimizer.clip_norm,
             count_name=self.task.count_name,
             has_frozen=has_frozen,
+            fp8_config=run.precision.fp8_config,
             **layout,
         )
         objective = self.task.eval_objective(self.decoder)
@@ -210,7 +211,8 @@ class Trainer:
 
     def _fresh_state(self) -> TrainState:
         key = jax.random.key(self.config.training.seed)
-        return init_state(self.task.fresh_params(key), self.optimizer)
+        fp8_config = self.config.precision.fp8_config
+        return init_state(self.task.fresh_params(key), self.optimizer, fp8_config)
 
     def _restore_or_init(self) -> TrainState:
         restored = self.checkpointer.restore_latest(self.abstract_state)

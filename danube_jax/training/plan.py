@@ -13,7 +13,7 @@ from danube_jax.data.loader import micro_batches
 from danube_jax.data.phases import PhaseSchedule, check_repetition, source_use
 from danube_jax.errors import UserError
 from danube_jax.models.decoder import Decoder, abstract_params, flops_per_token
-from danube_jax.training.dtypes import DTYPES
+from danube_jax.training.dtypes import DTYPES, linear_dtype
 from danube_jax.training.objectives import language_modeling
 from danube_jax.training.optimizer import learning_rate_schedule
 
@@ -199,7 +199,7 @@ def _saved_bytes_per_token(run: RunConfig, layers: int) -> float:
         run.model, num_hidden_layers=layers, attention_backend="blocked", sliding_window=None
     )
     objective = language_modeling(
-        Decoder(model, dtype, DTYPES[run.precision.linear]),
+        Decoder(model, dtype, linear_dtype(run.precision)),
         z_loss=run.training.z_loss,
         chunk_tokens=0,
     )

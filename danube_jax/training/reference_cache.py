@@ -16,7 +16,7 @@ from danube_jax.config import RunConfig
 from danube_jax.console import info, progress, warn
 from danube_jax.data.tuning_data import Item, TuningData, fixed_batches, items_digest
 from danube_jax.models.decoder import Decoder, head_kernel
-from danube_jax.training.dtypes import DTYPES
+from danube_jax.training.dtypes import DTYPES, linear_dtype
 from danube_jax.training.frozen_weights import FrozenWeights
 from danube_jax.training.mesh import DATA_AXIS, put_batch
 from danube_jax.training.objectives import Policy, answer_log_probs
@@ -95,7 +95,7 @@ def _compute(
     parts: Mapping[str, Sequence[Item]],
 ) -> dict[str, np.ndarray]:
     mesh, context = evaluator.mesh, data.schedule.phases[0].context
-    decoder = Decoder(run.model, DTYPES[run.precision.compute], DTYPES[run.precision.linear])
+    decoder = Decoder(run.model, DTYPES[run.precision.compute], linear_dtype(run.precision))
     policy, chunk_tokens = Policy(decoder), run.training.loss_chunk_tokens
 
     def log_probs(params, batch):

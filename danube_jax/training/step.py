@@ -4,7 +4,8 @@
 the micro-batches and sums their gradients; `update` clips, steps the optimizer and counts.
 Master parameters and optimizer state are float32 and, with ZeRO-1 (Rajbhandari et al., section
 5.1), sharded over the mesh's `data` axis: the step gathers weights in the compute dtype and
-scatters gradient sums in float32, once each.
+scatters gradient sums in float32, once each. In FP8 (`fp8_scaling.py`) the weights of the linear
+layers are quantised and gathered as bytes, and their gradients are summed inside the matmuls.
 
 Legend: A micro-batches a step, B rows of a micro-batch (all devices), T context.
 """
@@ -15,16 +16,21 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from danube_jax.config import Fp8Config
+from danube_jax.training import fp8_scaling
+from danube_jax.training.fp8_scaling import is_sums
 from danube_jax.training.mesh import DATA_AXIS, shard_spec, sharded_dim
 from danube_jax.training.objectives import Objective, counted
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
+Join = Callable[[PyTree], PyTree]
 
 
 @flax.struct.dataclass
@@ -34,6 +40,7 @@ class TrainState:
     step: int32 scalar, optimizer steps done, skipped ones included; it is the loader's position.
     skipped: int32 scalar, updates skipped for a non-finite loss or gradient, in all.
     skipped_in_a_row: int32 scalar, of these the latest consecutive ones.
+    fp8: `fp8_scaling.Fp8State`; {} where nothing is in FP8.
     """
 
     step: jax.Array
@@ -41,17 +48,22 @@ class TrainState:
     opt_state: PyTree
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    fp8: PyTree = flax.struct.field(default_factory=dict)
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around float32 `params`."""
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, fp8_config: Fp8Config | None = None
+) -> TrainState:
+    """A fresh state around float32 `params`; `fp8_config` is None where nothing is in FP8."""
     step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row)
+    scales = {} if fp8_config is None else fp8_scaling.init_fp8_state(params, fp8_config)
+    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row, scales)
 
 
 def state_specs(state: TrainState, num_devices: int, zero1: bool) -> TrainState:
     """The PartitionSpec of every leaf of a (possibly abstract) state."""
-    return jax.tree.map(lambda leaf: shard_spec(leaf.shape, num_devices if zero1 else 1), state)
+    specs = jax.tree.map(lambda leaf: shard_spec(leaf.shape, num_devices if zero1 else 1), state)
+    return specs.replace(fp8=jax.tree.map(lambda _: P(), state.fp8))
 
 
 def state_shardings(mesh: Mesh, specs: TrainState) -> TrainState:
@@ -88,15 +100,24 @@ def reduce_gradients(grads: PyTree, specs: PyTree) -> PyTree:
 
 
 def accumulate(
-    objective: Objective, weights: PyTree, batch: Batch, frozen: PyTree = None
+    objective: Objective,
+    weights: PyTree,
+    batch: Batch,
+    frozen: PyTree = None,
+    *,
+    join_first: Join | None = None,
+    join: Join = lambda tree: tree,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Gradients and metric sums of this device's rows of all micro-batches; inside shard_map.
 
     Args:
       objective: sums of loss and metrics over a micro-batch.
-      weights: whole weights in the compute dtype.
+      weights: what is differentiated: whole weights in the compute dtype; in FP8, `Fp8Sums` in
+        place of a kernel, whose gradient is its next value.
       batch: arrays [A, B_local, ...].
       frozen: weights that are not trained, for objectives that have some.
+      join_first, join: from such weights to those that the objective takes, for the first
+        micro-batch and for the others; None: the first one is like the others.
 
     Returns:
       float32 gradients of (sum of losses) / (valid tokens, or pairs, of the whole step, all
@@ -107,25 +128,35 @@ def accumulate(
     valid = lax.psum(jnp.sum(counted(batch), dtype=jnp.float32), DATA_AXIS)
     scale = 1.0 / jnp.maximum(valid, 1.0)
 
-    def scaled_loss(weights: PyTree, microbatch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss_sum, sums = objective(weights, microbatch, *more)
-        sums = sums | {
-            "loss": loss_sum,
-            "weights": jnp.sum(counted(microbatch), dtype=jnp.float32),
-        }
-        return loss_sum * scale, sums
+    def micro_step(
+        carry: PyTree | None, microbatch: Batch, join: Join
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
+        def scaled_loss(weights: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            loss_sum, sums = objective(join(weights), microbatch, *more)
+            count = jnp.sum(counted(microbatch), dtype=jnp.float32)
+            return loss_sum * scale, sums | {"loss": loss_sum, "weights": count}
 
-    def micro_step(carry: PyTree | None, microbatch: Batch) -> tuple[PyTree, dict[str, jax.Array]]:
-        grads, sums = jax.grad(scaled_loss, has_aux=True)(weights, microbatch)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return grads if carry is None else jax.tree.map(jnp.add, carry, grads), sums
+        def add(total: PyTree, grad: PyTree) -> PyTree:
+            return grad if is_sums(grad) else total + grad.astype(jnp.float32)
+
+        if carry is None:
+            grads, sums = jax.grad(scaled_loss, has_aux=True)(weights)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+        inputs = jax.tree.map(lambda w, c: c if is_sums(c) else w, weights, carry, is_leaf=is_sums)
+        grads, sums = jax.grad(scaled_loss, has_aux=True)(inputs)
+        return jax.tree.map(add, carry, grads, is_leaf=is_sums), sums
 
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["tokens"].shape[0] == 1:
-        return micro_step(None, first)
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    grads, sums = lax.scan(micro_step, zeros, batch)
-    return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+        return micro_step(None, first, join_first or join)
+    if join_first is None:
+        totals = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights), None
+    else:
+        totals = micro_step(None, first, join_first)
+        batch = jax.tree.map(lambda x: x[1:], batch)
+    grads, sums = lax.scan(lambda carry, x: micro_step(carry, x, join), totals[0], batch)
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    return grads, sums if totals[1] is None else jax.tree.map(jnp.add, totals[1], sums)
 
 
 def update(
@@ -136,8 +167,12 @@ def update(
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
     clip_norm: float,
+    fp8_state: PyTree | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step; a non-finite loss or gradient norm leaves parameters as they are."""
+    """One optimizer step; a non-finite loss or gradient norm leaves the state as it is.
+
+    `fp8_state` is what comes after `state.fp8`; None where that stays.
+    """
     grad_norm = optax.global_norm(grads)
     if clip_norm:
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -158,6 +193,7 @@ def update(
         opt_state=keep(opt_state, state.opt_state),
         skipped=state.skipped + skip,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
+        fp8=state.fp8 if fp8_state is None else keep(fp8_state, state.fp8),
     )
     metrics = {
         "grad_norm": grad_norm,
@@ -179,6 +215,7 @@ def make_train_step(
     clip_norm: float,
     has_frozen: bool = False,
     count_name: str = "valid_tokens",
+    fp8_config: Fp8Config | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step ``(state, batch, stop_D) -> (state, metrics)``; `state` is donated.
 
@@ -188,31 +225,33 @@ def make_train_step(
     `batch` holds global arrays [A, B, T]; jit compiles once a shape, that is once a phase shape.
     `stop_D` int32 [devices] is 1 where a process wants the run to stop; its sum comes back in
     the metrics, so that all processes stop after the same step without a collective of their own.
-    Metrics are means over valid tokens or pairs, on the device.
+    Metrics are means over valid tokens or pairs, on the device. With `fp8_config`, the first call
+    measures the scales of a state that has none yet.
     """
     shardings = state_shardings(mesh, specs)
     replicated = NamedSharding(mesh, P())
 
-    def gradients(
-        params: PyTree, batch: Batch, stop_D: jax.Array, *frozen: PyTree
-    ) -> tuple[PyTree, dict[str, jax.Array]]:
-        weights = prepare_weights(params, specs.params, compute_dtype)
-        grads, sums = accumulate(objective, weights, batch, *frozen)
-        sums = lax.psum(sums | {"stop": jnp.sum(stop_D)}, DATA_AXIS)
-        return reduce_gradients(grads, specs.params), sums
-
-    sharded_gradients = jax.shard_map(
-        gradients,
-        mesh=mesh,
-        in_specs=(specs.params, P(None, DATA_AXIS), P(DATA_AXIS), *([P()] if has_frozen else [])),
-        out_specs=(specs.params, P()),
-        check_vma=False,
+    batch_spec, more = P(None, DATA_AXIS), [P()] if has_frozen else []
+    gradients, measure = (
+        jax.shard_map(
+            part,
+            mesh=mesh,
+            in_specs=(specs.params, P(), batch_spec, *inputs),
+            out_specs=outputs,
+            check_vma=False,
+        )
+        for part, inputs, outputs in zip(
+            _device_parts(objective, specs, compute_dtype, fp8_config),
+            ([P(DATA_AXIS), *more], []),
+            ((specs.params, P(), P()), P()),
+            strict=True,
+        )
     )
 
     def train_step(
         state: TrainState, batch: Batch, stop_D: jax.Array, *frozen: PyTree
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, sums = sharded_gradients(state.params, batch, stop_D, *frozen)
+        grads, fp8_state, sums = gradients(state.params, state.fp8, batch, stop_D, *frozen)
         stop, valid = sums.pop("stop"), sums.pop("weights")
         means = {key: value / jnp.maximum(valid, 1.0) for key, value in sums.items()}
         state, metrics = update(
@@ -222,17 +261,89 @@ def make_train_step(
             optimizer=optimizer,
             learning_rate=learning_rate,
             clip_norm=clip_norm,
+            fp8_state=fp8_state,
         )
         return state, means | metrics | {count_name: valid, "stop": stop}
 
-    return jax.jit(
+    step = jax.jit(
         train_step,
         donate_argnums=0,
         in_shardings=(
             shardings,
-            NamedSharding(mesh, P(None, DATA_AXIS)),
+            NamedSharding(mesh, batch_spec),
             None,
             *([replicated] if has_frozen else []),
         ),
         out_shardings=(shardings, replicated),
     )
+    if fp8_config is None:
+        return step
+    return _CalibratedStep(step, jax.jit(measure, out_shardings=replicated))
+
+
+def _device_parts(
+    objective: Objective, specs: TrainState, compute_dtype: jnp.dtype, config: Fp8Config | None
+) -> tuple[Callable, Callable]:
+    """The parts of a step that run on every device: gradients, and a first look at magnitudes."""
+
+    def plain_gradients(
+        params: PyTree, fp8_state: PyTree, batch: Batch, *frozen: PyTree
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        weights = prepare_weights(params, specs.params, compute_dtype)
+        return fp8_state, *accumulate(objective, weights, batch, *frozen)
+
+    def prepare_fp8(params: PyTree, fp8_state: PyTree) -> tuple[PyTree, Any]:
+        others, quantized = fp8_scaling.prepare_fp8_weights(params, specs.params, fp8_state)
+        others = prepare_weights(others, fp8_scaling.select(specs.params, others), compute_dtype)
+        return fp8_scaling.with_zero_sums(others, quantized), quantized
+
+    def fp8_gradients(
+        params: PyTree, fp8_state: PyTree, batch: Batch
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        weights, quantized = prepare_fp8(params, fp8_state)
+        grads, sums = accumulate(
+            objective,
+            weights,
+            batch,
+            join_first=fp8_scaling.joiner(quantized, config, measure=True),
+            join=fp8_scaling.joiner(quantized, config, measure=False),
+        )
+        grads, amax_N2 = fp8_scaling.split_sums(grads)
+        return fp8_scaling.next_state(fp8_state, amax_N2, config), grads, sums
+
+    def gradients(
+        params: PyTree, fp8_state: PyTree, batch: Batch, stop_D: jax.Array, *frozen: PyTree
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        compute = plain_gradients if config is None else fp8_gradients
+        fp8_state, grads, sums = compute(params, fp8_state, batch, *frozen)
+        sums = lax.psum(sums | {"stop": jnp.sum(stop_D)}, DATA_AXIS)
+        return reduce_gradients(grads, specs.params), fp8_state, sums
+
+    def measure(params: PyTree, fp8_state: PyTree, batch: Batch) -> PyTree:
+        weights, quantized = prepare_fp8(params, fp8_state)
+        join = fp8_scaling.joiner(quantized, config, measure=True, current=True)
+        first = jax.tree.map(lambda x: x[:1], batch)
+        grads, _ = accumulate(objective, weights, first, join=join)
+        return fp8_scaling.first_state(fp8_state, fp8_scaling.split_sums(grads)[1], config)
+
+    return gradients, measure
+
+
+class _CalibratedStep:
+    """A step in FP8 that measures the scales of a state that has none yet."""
+
+    def __init__(self, step: Callable, measure: Callable):
+        self._step, self._measure, self._calibrated = step, measure, False
+
+    def __call__(
+        self, state: TrainState, batch: Batch, stop_D: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        if not self._calibrated:
+            if not np.all(jax.device_get(state.fp8.scale_N2)):
+                state = state.replace(fp8=self._measure(state.params, state.fp8, batch))
+            self._calibrated = True
+        return self._step(state, batch, stop_D)
+
+    def lower(self, *arguments: Any) -> Any:
+        """As `jax.jit`'s, of the step itself."""
+        return self._step.lower(*arguments)
