@@ -23,7 +23,8 @@ from danube_jax.data.phases import describe_mismatch
 from danube_jax.errors import EXIT_INTERRUPTED, RunError, UserError
 from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig
-from danube_jax.models.decoder import Decoder, flops_per_token, init_params
+from danube_jax.models.decoder import Decoder, flops_per_token, init_params, param_count
+from danube_jax.training import events
 from danube_jax.training.checkpoint import Checkpointer
 from danube_jax.training.dtypes import DTYPES
 from danube_jax.training.heldout import evaluate_source, make_eval_step, unigram_loss
@@ -115,6 +116,7 @@ class Trainer:
             multihost_utils.sync_global_devices("workdir claimed")
         self.checkpointer = Checkpointer(workdir / CHECKPOINTS, run.checkpoint)
         self.origin: dict[str, Any] | None = None  # what the weights were initialised from
+        self.data_changes: list[str] = []
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
@@ -181,6 +183,7 @@ class Trainer:
                 f"({'; '.join(changes)}); bring it back, or accept the change with "
                 "--config.checkpoint.allow_data_change=True"
             )
+        self.data_changes = changes
         for change in changes:
             warn(f"resuming on changed data: {change}")
         if meta["devices"] != self.mesh.size:
@@ -197,18 +200,44 @@ class Trainer:
         if self.step >= self.last_step:
             self._evaluate_if_missing()
             info("this run is complete; nothing was trained")
-            self._summarize()
+            self._summarize(trained=False)
             return 0
+        self._record_beginning()
         if self._evaluation_due() or (self.step == 0 and self.config.evaluation.at_start):
             self._evaluate_if_missing()
         with self.display:
             interrupted = self._train_steps(stop)
         self.checkpointer.wait()
         if interrupted:
+            self._record(events.STOPPED, self.step)
             info(f"saved at step {self.step}; the same command continues from there")
             return EXIT_INTERRUPTED
-        self._summarize()
+        self._summarize(trained=True)
         return 0
+
+    def _record(self, event: str, step: int, **details: Any) -> None:
+        """Writes a row of kind "event"."""
+        if self.writer is not None:
+            tokens = self.schedule.tokens_at_step(step)
+            self.writer.write(events.event_row(event, step, tokens, details))
+
+    def _record_beginning(self) -> None:
+        """Records the start or the resume, and what was unusual about it."""
+        lost = self.writer.lost_steps if self.writer is not None else 0
+        self._record(
+            events.RESUME if self.step else events.START,
+            self.step,
+            **events.environment(),
+            parameters=param_count(self.config.model),
+            epochs={name: float(use.epochs) for name, use in self.data.use.items()},
+            lost_steps=lost or None,
+        )
+        if self.checkpointer.damaged:
+            self._record(events.RESTORED_OLDER, self.step, damaged=self.checkpointer.damaged)
+        if self.step == 0 and self.origin:
+            self._record(events.INIT_FROM, 0, source=self.origin)
+        if self.data_changes:
+            self._record(events.DATA_CHANGED, self.step, changes=self.data_changes)
 
     def _train_steps(self, stop: StopRequest) -> bool:
         """Steps up to the last one; True where the run was asked to stop before it."""
@@ -274,6 +303,8 @@ class Trainer:
             return False
         self.phase = phase
         self.display.enter_phase(phase)
+        if self.step == phase.first_step > 0:
+            self._record(events.PHASE, self.step, phase=phase.name, context=phase.context)
         self.throughput = Throughput(
             flops_per_token(self.config.model, phase.context),
             jax.devices()[0].device_kind,
@@ -313,7 +344,16 @@ class Trainer:
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: "
             f"update skipped ({metrics['skipped_in_a_row']} in a row, {metrics['skipped']} in all)"
         )
+        self._record(
+            events.SKIPPED,
+            step,
+            loss=metrics["loss"],
+            grad_norm=metrics["grad_norm"],
+            in_a_row=metrics["skipped_in_a_row"],
+            in_all=metrics["skipped"],
+        )
         if metrics["skipped_in_a_row"] >= limit:
+            self._record(events.DIVERGED, step, in_a_row=limit)
             self.checkpointer.wait()
             steps = self.checkpointer.steps()
             raise RunError(
@@ -411,12 +451,14 @@ class Trainer:
         self.display.log_samples(self.step, config.prompts, texts)
         self.writer.write_samples(self.step, texts)
 
-    def _summarize(self) -> None:
+    def _summarize(self, *, trained: bool) -> None:
         if self.writer is not None:
             unigram = {
                 name: unigram_loss(self.data.train[name], store, self.config.model.vocab_size)
                 for name, store in self.data.heldout.items()
             }
+            if trained:
+                self._record(events.FINISHED, self.step, unigram=unigram)
             summarize(self.writer.evaluations, unigram, self.workdir)
 
     def close(self) -> None:

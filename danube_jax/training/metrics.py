@@ -81,6 +81,7 @@ class MetricsWriter:
 
     Attributes:
       evaluations: the rows of that kind, those of earlier sessions of the run included.
+      lost_steps: steps that an earlier session logged and that are run again.
     """
 
     def __init__(self, workdir: Path, resume_step: int):
@@ -90,6 +91,7 @@ class MetricsWriter:
           UserError: the files cannot be read or written.
         """
         self._path = workdir / "metrics.jsonl"
+        self.lost_steps = 0
         try:
             rows = self._keep(resume_step)
             self.evaluations = [row for row in rows if row["kind"] == "evaluation"]
@@ -112,12 +114,15 @@ class MetricsWriter:
                 raise UserError(f"{self._path}, line {number}: not a row of metrics; move it away")
             if row["step"] <= resume_step:
                 rows.append(row)
+            self.lost_steps = max(self.lost_steps, row["step"] - resume_step)
         content = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_bytes(self._path, content.encode())
         return rows
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row with `kind` and `step`; numbers become curves named kind/key.
+
+        Rows of kind "event" are no curves.
 
         Raises:
           UserError: the disk is full or the folder is gone.
@@ -127,6 +132,8 @@ class MetricsWriter:
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+            if row["kind"] == "event":
+                return
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float):
                     self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
