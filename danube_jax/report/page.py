@@ -1,0 +1,122 @@
+"""Builds the page of one run, and writes it."""
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from danube_jax import __version__, files
+from danube_jax.console import warn
+from danube_jax.errors import UserError
+from danube_jax.report import comparison, curves, events, sections
+from danube_jax.report.collect import RunFolder, collect
+
+FILE = "report.html"
+
+
+def write_report(workdir: Path, output: Path | None = None) -> Path:
+    """Writes the page of the run in `workdir`, to WORKDIR/report.html where `output` is None.
+
+    Returns:
+      Where it is.
+
+    Raises:
+      UserError: `workdir` is not the folder of a run, or the page cannot be written.
+    """
+    return _write(render(collect(workdir)), output or Path(workdir) / FILE)
+
+
+def write_comparison(workdirs: Sequence[Path], output: Path) -> Path:
+    """Writes one page that compares the runs in `workdirs`.
+
+    Raises:
+      UserError: one of them is not the folder of a run, or the page cannot be written.
+    """
+    return _write(render_comparison([collect(workdir) for workdir in workdirs]), output)
+
+
+def try_report(workdir: Path) -> Path | None:
+    """`write_report` for the end of a run, which a report that fails must not fail: it warns."""
+    try:
+        return write_report(workdir)
+    except Exception as error:  # whatever it is, the run itself is sound
+        warn(f"no report was written: {' '.join(str(error).split())[:300]}")
+        return None
+
+
+def render(run: RunFolder) -> str:
+    """The page of one run."""
+    return _template("run.html").render(
+        _style_and_script()
+        | {
+            "run": run,
+            "status": sections.status_line(run),
+            "architecture": sections.architecture(run),
+            "tiles": sections.headline(run),
+            "loss_charts": curves.loss_charts(run),
+            "phases": sections.phase_rows(run),
+            "heldout_charts": curves.heldout_charts(run),
+            "heldout": sections.heldout_rows(run),
+            "known_charts": curves.known_charts(run),
+            "extra_charts": curves.extra_charts(run),
+            "constants": curves.constants(run.metrics),
+            "mixture": sections.mixture(run),
+            "sources": sections.source_rows(run),
+            "benchmark_charts": curves.benchmark_charts(run),
+            "samples": sections.samples_by_prompt(run),
+            "events": events.table(run),
+            "changes": sections.config_changes(run),
+            "config_json": json.dumps(run.config, indent=1, ensure_ascii=False),
+            "versions": sections.versions(run),
+        }
+    )
+
+
+def render_comparison(runs: Sequence[RunFolder]) -> str:
+    """The page that compares runs."""
+    return _template("comparison.html").render(_style_and_script() | comparison.context(runs))
+
+
+def _write(page: str, output: Path) -> Path:
+    try:
+        files.write_bytes(output, page.encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror or error}") from error
+    return output
+
+
+def _resource(name: str) -> str:
+    return resources.files("danube_jax.report").joinpath("templates", name).read_text("utf-8")
+
+
+@functools.cache
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_resource),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["place"] = lambda value: f"{value:.3f}".rstrip("0").rstrip(".")
+    return environment.get_template(name)
+
+
+def _style_and_script() -> dict[str, Any]:
+    """What every page carries; the page allows no script but this one, by its hash."""
+    script = _resource("hover.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {
+        "version": __version__,
+        "style": Markup(_resource("style.css")),
+        "script": Markup(script),
+        "script_hash": f"sha256-{digest}",
+        "markup": Markup,
+    }

@@ -1,0 +1,315 @@
+"""The parts of a run's page that are no charts: headline, phases, mix, samples, configuration."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from danube_jax.config import RunConfig, to_dict
+from danube_jax.data.phases import sequences_read
+from danube_jax.report import numbers
+from danube_jax.report.collect import RunFolder, tail_mean
+from danube_jax.report.curves import source_colors
+from danube_jax.report.metric_rows import Series
+
+SAMPLES_SHOWN = 6  # of a prompt; the first and the last are always among them
+STATUS = {
+    "finished": "finished",
+    "diverged": "diverged",
+    "stopped": "stopped",
+    "running": "not finished",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One figure of the headline; `detail` says what it is, exactly."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A source's part of a phase: shares of sequences, and tokens read."""
+
+    source: str
+    color: int
+    planned: float
+    read: float | None
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseMix:
+    """One phase's mix; `read` of the shares is None where it has not begun."""
+
+    name: str
+    context: int
+    shares: tuple[Share, ...]
+
+
+def parameters(run: RunFolder) -> int | None:
+    """Parameters of the model: as the run recorded them, else counted from its config."""
+    recorded = run.detail("parameters", int)
+    if recorded is not None or run.run is None:
+        return recorded
+    from danube_jax.models.decoder import param_count
+
+    return param_count(run.run.model)
+
+
+def architecture(run: RunFolder) -> str:
+    """The model in one line."""
+    if run.run is None:
+        return ""
+    model = run.run.model
+    heads = f"{model.num_attention_heads} attention heads"
+    if model.num_key_value_heads != model.num_attention_heads:
+        heads += f" over {model.num_key_value_heads} of keys and values"
+    window = f", window {model.sliding_window:,}" if model.sliding_window else ""
+    return (
+        f"{model.model_type.capitalize()} decoder: {model.num_hidden_layers} layers, hidden size "
+        f"{model.hidden_size:,}, {heads}{window}, vocabulary {model.vocab_size:,}"
+    )
+
+
+def headline(run: RunFolder) -> list[Tile]:
+    """The figures that a reader looks for first; those that are not known are left out."""
+    tiles = []
+    total = parameters(run)
+    if total is not None:
+        tiles.append(Tile("Parameters", numbers.count(total), f"{total:,}"))
+    if run.tokens:
+        tiles.append(Tile("Tokens", numbers.count(run.tokens), _progress(run)))
+    seconds = run.training_seconds
+    if seconds is not None:
+        elapsed = run.elapsed_seconds
+        whole = f"{numbers.duration(elapsed)} from first start to last event" if elapsed else ""
+        tiles.append(Tile("Training time", numbers.duration(seconds), whole))
+    final = run.final()
+    if final:
+        steps = "the last logged step" if final[1] == 1 else f"mean of the last {final[1]} rows"
+        tiles.append(Tile("Training loss", numbers.figure(final[0]), steps))
+    heldout = run.last_heldout()
+    if heldout:
+        low, high = min(heldout.values()), max(heldout.values())
+        several = f"{numbers.figure(low, 3)} to {numbers.figure(high, 3)}"
+        value = several if len(heldout) > 1 else numbers.figure(low)
+        detail = f"{len(heldout)} sources" if len(heldout) > 1 else next(iter(heldout))
+        tiles.append(Tile("Held-out loss", value, detail))
+    return tiles + _speed(run) + _scores(run)
+
+
+def _progress(run: RunFolder) -> str:
+    planned = run.schedule.total_tokens if run.schedule else 0
+    if not planned:
+        return ""
+    exact = f"{run.tokens:,.0f}"
+    if run.tokens >= planned:
+        return exact
+    return f"{exact}, {numbers.percent(run.tokens / planned)} of {numbers.count(planned)}"
+
+
+def _speed(run: RunFolder) -> list[Tile]:
+    tiles = []
+    rate = run.metrics.series("tokens_per_second")
+    seconds = run.training_seconds
+    device = run.detail("device", str)
+    devices = run.detail("devices", int)
+    where = f"on {devices} x {device}" if device and devices else ""
+    if len(rate) and seconds:
+        tiles.append(
+            Tile("Tokens a second", numbers.count(float(rate.tokens[-1]) / seconds), where)
+        )
+    mfu = tail_mean(run.metrics.series("mfu"))
+    if mfu:
+        detail = f"mean of the last {mfu[1]} rows" if mfu[1] > 1 else ""
+        tiles.append(Tile("MFU", numbers.percent(mfu[0]), detail))
+    memory = run.metrics.series("memory_bytes").finite.values
+    if memory.size:
+        tiles.append(Tile("Peak memory", numbers.size(float(memory.max())), "the fullest device"))
+    return tiles
+
+
+def _scores(run: RunFolder) -> list[Tile]:
+    if not run.mt_bench:
+        return []
+    last = run.mt_bench[-1]
+    average = last.overall.get("average")
+    return [Tile("MT-Bench", f"{average:.2f}", f"step {last.step:,}")] if average else []
+
+
+def phase_rows(run: RunFolder) -> list[dict[str, str]]:
+    """The run's table with what came of each phase."""
+    rows = []
+    loss = run.metrics.series("loss")
+    rate = run.metrics.series("learning_rate")
+    for phase in run.schedule.phases if run.schedule else ():
+        end = phase.first_step + phase.steps
+        ended = tail_mean(_steps(loss, phase.first_step, end))
+        rates = _steps(rate, phase.first_step, end).finite.values
+        rows.append(
+            {
+                "name": phase.name,
+                "steps": f"{phase.first_step:,} – {end:,}",  # noqa: RUF001
+                "tokens": numbers.count(phase.tokens),
+                "context": f"{phase.context:,}",
+                "sequences": f"{phase.sequences:,}",
+                "rate": " → ".join(numbers.figure(float(v), 3) for v in rates[[0, -1]])
+                if rates.size
+                else numbers.NONE,
+                "loss": numbers.figure(ended[0]) if ended else numbers.NONE,
+            }
+        )
+    return rows
+
+
+def _steps(series: Series, first: int, end: int) -> Series:
+    """Points of the steps first + 1 to end: a row's step counts those that are done."""
+    keep = (series.steps > first) & (series.steps <= end)
+    return Series(series.steps[keep], series.tokens[keep], series.values[keep])
+
+
+def mixture(run: RunFolder) -> list[PhaseMix]:
+    """Each phase's mix as asked for, and as read by the last step."""
+    if run.schedule is None:
+        return []
+    colors = source_colors(run)
+    done = min(run.metrics.last_step, run.schedule.total_steps)
+    phases = []
+    for phase, counts in zip(run.schedule.phases, sequences_read(run.schedule, done), strict=True):
+        weights, read = sum(weight for _, weight in phase.mixture), sum(counts.values())
+        shares = tuple(
+            Share(
+                source=name,
+                color=colors[name],
+                planned=weight / weights,
+                read=counts[name] / read if read else None,
+                tokens=counts[name] * phase.context,
+            )
+            for name, weight in phase.mixture
+        )
+        phases.append(PhaseMix(phase.name, phase.context, shares))
+    return phases
+
+
+def source_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """Tokens read of each source so far, and epochs over the whole run where recorded."""
+    tokens: dict[str, int] = {}
+    for phase in mixture(run):
+        for share in phase.shares:
+            tokens[share.source] = tokens.get(share.source, 0) + share.tokens
+    total = sum(tokens.values())
+    epochs = run.detail("epochs", dict) or {}
+    return [
+        {
+            "source": name,
+            "color": source_colors(run)[name],
+            "tokens": numbers.count(count),
+            "share": numbers.percent(count / total) if total else numbers.NONE,
+            "epochs": f"{value:.2f}" if isinstance(value := epochs.get(name), int | float) else "",
+        }
+        for name, count in tokens.items()
+    ]
+
+
+def heldout_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """Held-out figures a source: first and last loss, perplexity, bits a byte, unigram loss."""
+    unigram = run.detail("unigram", dict) or {}
+    bits = run.last_heldout("bits_per_byte/")
+    rows = []
+    for name, last in run.last_heldout().items():
+        series = run.metrics.evaluation[f"loss/{name}"]
+        baseline = unigram.get(name)
+        rows.append(
+            {
+                "source": name,
+                "color": source_colors(run)[name],
+                "first": numbers.figure(float(series.values[0])) if len(series) > 1 else "",
+                "last": numbers.figure(last),
+                "perplexity": numbers.figure(math.exp(min(last, 50.0)), 3),
+                "bits": numbers.figure(bits[name]) if name in bits else "",
+                "unigram": numbers.figure(baseline) if isinstance(baseline, float) else "",
+            }
+        )
+    return rows
+
+
+def samples_by_prompt(run: RunFolder) -> list[dict[str, Any]]:
+    """Prompt → its texts over time, oldest first; `rest` of a text is what the model wrote."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for sample in run.samples:
+        for prompt, text in zip(sample.prompts, sample.texts, strict=True):
+            rest = text[len(prompt) :]
+            place = _tokens_at(run, sample.step)
+            item = {"step": f"{sample.step:,}", "tokens": place, "prompt": prompt, "rest": rest}
+            groups.setdefault(prompt, []).append(item)
+    out = []
+    for prompt, items in groups.items():
+        shown = _spread(len(items), SAMPLES_SHOWN)
+        chosen = [items[i] for i in shown]
+        out.append({"prompt": prompt, "items": chosen, "left_out": len(items) - len(chosen)})
+    return out
+
+
+def _spread(total: int, most: int) -> list[int]:
+    """Up to `most` of 0..total-1, the first and the last among them, evenly."""
+    if total <= most:
+        return list(range(total))
+    return sorted({round(i * (total - 1) / (most - 1)) for i in range(most)})
+
+
+def _tokens_at(run: RunFolder, step: int) -> str:
+    try:
+        return numbers.count(run.schedule.tokens_at_step(step)) if run.schedule else ""
+    except IndexError:
+        return ""
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys; lists of mappings get numbers."""
+    if isinstance(node, Mapping) and node:
+        items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
+    elif isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
+        items = [(f"{prefix}[{i}]", value) for i, value in enumerate(node)]
+    else:
+        return {prefix: node}
+    return {key: value for name, child in items for key, value in flatten(child, name).items()}
+
+
+def config_changes(run: RunFolder) -> list[tuple[str, str]]:
+    """Keys of the config whose value is not the default, phases and mix left to their own tables."""
+    defaults = flatten(to_dict(RunConfig()))
+    missing = object()
+    return [
+        (key, written(value))
+        for key, value in flatten(run.config).items()
+        if not key.startswith("phases") and value != defaults.get(key, missing)
+    ]
+
+
+def written(value: Any) -> str:
+    """A value of the config as one would write it."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", "_")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def versions(run: RunFolder) -> list[tuple[str, str]]:
+    """Package → version, of the newest start or resume that says so."""
+    recorded = run.detail("versions", dict)
+    if recorded:
+        return [(str(name), str(version)) for name, version in recorded.items()]
+    return [("danube_jax", run.version)] if run.version else []
+
+
+def status_line(run: RunFolder) -> str:
+    """How far the run is, in a few words."""
+    step, planned = run.metrics.last_step, run.planned_steps
+    place = f"step {step:,} of {planned:,}" if planned else f"step {step:,}"
+    return f"{STATUS[run.status]}, {place}"
