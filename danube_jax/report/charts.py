@@ -39,12 +39,12 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """A shaded stretch of the x-axis, in tokens."""
+    """A shaded stretch of the x-axis, in tokens; `context` as it is to be written."""
 
     start: float
     end: float
     name: str
-    detail: str = ""
+    context: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,12 @@ class Chart:
     lost: tuple[float, ...]  # where values were no numbers
     hover: str  # JSON for the script, without "<"
     wide: bool
+
+    @property
+    def single(self) -> str:
+        """The last value where there is one curve only, which then needs no legend."""
+        named = [line for line in self.lines if line.style != "faint"]
+        return named[0].last if len(named) == 1 else ""
 
 
 def thin(series: Series, buckets: int = BUCKETS) -> Series:

@@ -53,7 +53,7 @@ def bands_of(run: RunFolder) -> list[Band]:
             phase.first_token,
             phase.first_token + phase.tokens,
             phase.name,
-            f"context {phase.context:,}",
+            f"{phase.context:,}",
         )
         for phase in (run.schedule.phases if run.schedule else ())
     ]

@@ -42,6 +42,14 @@ def figure(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits - 1 - math.floor(math.log10(size))}f}"
 
 
+def scientific(value: float) -> str:
+    """A small rate as 2.7e-3."""
+    if not math.isfinite(value) or value == 0:
+        return figure(value)
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """0.123 as 12.3 %."""
     if share is None or not math.isfinite(share):

@@ -13,12 +13,24 @@ import jinja2
 from markupsafe import Markup
 
 from danube_jax import __version__, files
-from danube_jax.console import warn
+from danube_jax.console import info, warn
 from danube_jax.errors import UserError
 from danube_jax.report import comparison, curves, events, sections
 from danube_jax.report.collect import RunFolder, collect
 
 FILE = "report.html"
+
+# The page's parts: anchor, title, and what each of them shows.
+PARTS = (
+    ("loss", "Loss", ("loss_charts", "phases")),
+    ("heldout", "Held-out text", ("heldout_charts", "heldout")),
+    ("samples", "Samples", ("samples",)),
+    ("more", "What else was logged", ("extra_charts",)),
+    ("training", "Optimisation and speed", ("known_charts",)),
+    ("mix", "Mix", ("mixture",)),
+    ("events", "Events", ("events",)),
+    ("config", "Configuration", ("changes", "versions")),
+)
 
 
 def write_report(workdir: Path, output: Path | None = None) -> Path:
@@ -45,7 +57,9 @@ def write_comparison(workdirs: Sequence[Path], output: Path) -> Path:
 def try_report(workdir: Path) -> Path | None:
     """`write_report` for the end of a run, which a report that fails must not fail: it warns."""
     try:
-        return write_report(workdir)
+        path = write_report(workdir)
+        info(f"{'report':14} {path}")
+        return path
     except Exception as error:  # whatever it is, the run itself is sound
         warn(f"no report was written: {' '.join(str(error).split())[:300]}")
         return None
@@ -53,30 +67,36 @@ def try_report(workdir: Path) -> Path | None:
 
 def render(run: RunFolder) -> str:
     """The page of one run."""
-    return _template("run.html").render(
-        _style_and_script()
-        | {
-            "run": run,
-            "status": sections.status_line(run),
-            "architecture": sections.architecture(run),
-            "tiles": sections.headline(run),
-            "loss_charts": curves.loss_charts(run),
-            "phases": sections.phase_rows(run),
-            "heldout_charts": curves.heldout_charts(run),
-            "heldout": sections.heldout_rows(run),
-            "known_charts": curves.known_charts(run),
-            "extra_charts": curves.extra_charts(run),
-            "constants": curves.constants(run.metrics),
-            "mixture": sections.mixture(run),
-            "sources": sections.source_rows(run),
-            "benchmark_charts": curves.benchmark_charts(run),
-            "samples": sections.samples_by_prompt(run),
-            "events": events.table(run),
-            "changes": sections.config_changes(run),
-            "config_json": json.dumps(run.config, indent=1, ensure_ascii=False),
-            "versions": sections.versions(run),
-        }
-    )
+    content = run_context(run)
+    parts = [(name, title) for name, title, keys in PARTS if any(content[key] for key in keys)]
+    return _template("run.html").render(_style_and_script() | content | {"parts": parts})
+
+
+def run_context(run: RunFolder) -> dict[str, Any]:
+    """Everything that the page of a run shows."""
+    event_rows, left_out = events.table(run)
+    return {
+        "run": run,
+        "status": sections.status_line(run),
+        "lead": sections.lead(run),
+        "tiles": sections.headline(run),
+        "loss_charts": curves.loss_charts(run),
+        "phases": sections.phase_rows(run),
+        "heldout_charts": curves.heldout_charts(run),
+        "heldout": sections.heldout_rows(run),
+        "known_charts": curves.known_charts(run),
+        "extra_charts": curves.extra_charts(run),
+        "constants": curves.constants(run.metrics),
+        "mixture": sections.mixture(run),
+        "sources": sections.source_rows(run),
+        "benchmark_charts": curves.benchmark_charts(run),
+        "samples": sections.samples_by_prompt(run),
+        "events": event_rows,
+        "events_left_out": left_out,
+        "changes": sections.config_changes(run),
+        "config_json": json.dumps(run.config, indent=1, ensure_ascii=False),
+        "versions": sections.versions(run),
+    }
 
 
 def render_comparison(runs: Sequence[RunFolder]) -> str:

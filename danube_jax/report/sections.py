@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from danube_jax.config import RunConfig, to_dict
+from danube_jax.config import RunConfig, SourceConfig, to_dict
 from danube_jax.data.phases import sequences_read
 from danube_jax.report import numbers
 from danube_jax.report.collect import RunFolder, tail_mean
@@ -76,6 +76,21 @@ def architecture(run: RunFolder) -> str:
     )
 
 
+def lead(run: RunFolder) -> str:
+    """What the run is and what came of it, in two sentences."""
+    parts = [f"{architecture(run)}."] if run.run else []
+    loss = run.metrics.series("loss").finite.values
+    final = run.final()
+    if run.tokens and final:
+        phases = len(run.schedule.phases) if run.schedule else 0
+        where = f" in {phases} phases" if phases > 1 else ""
+        fell = f"the training loss went from {numbers.figure(float(loss[0]), 3)} to "
+        parts.append(
+            f"{numbers.count(run.tokens)} tokens{where}; {fell}{numbers.figure(final[0], 3)}."
+        )
+    return " ".join(parts)
+
+
 def headline(run: RunFolder) -> list[Tile]:
     """The figures that a reader looks for first; those that are not known are left out."""
     tiles = []
@@ -86,7 +101,7 @@ def headline(run: RunFolder) -> list[Tile]:
         tiles.append(Tile("Tokens", numbers.count(run.tokens), _progress(run)))
     seconds = run.training_seconds
     if seconds is not None:
-        elapsed = run.elapsed_seconds
+        elapsed = run.elapsed_seconds if run.status != "running" else None
         whole = f"{numbers.duration(elapsed)} from first start to last event" if elapsed else ""
         tiles.append(Tile("Training time", numbers.duration(seconds), whole))
     final = run.final()
@@ -96,7 +111,7 @@ def headline(run: RunFolder) -> list[Tile]:
     heldout = run.last_heldout()
     if heldout:
         low, high = min(heldout.values()), max(heldout.values())
-        several = f"{numbers.figure(low, 3)} to {numbers.figure(high, 3)}"
+        several = f"{numbers.figure(low, 3)}{numbers.NONE}{numbers.figure(high, 3)}"
         value = several if len(heldout) > 1 else numbers.figure(low)
         detail = f"{len(heldout)} sources" if len(heldout) > 1 else next(iter(heldout))
         tiles.append(Tile("Held-out loss", value, detail))
@@ -158,7 +173,7 @@ def phase_rows(run: RunFolder) -> list[dict[str, str]]:
                 "tokens": numbers.count(phase.tokens),
                 "context": f"{phase.context:,}",
                 "sequences": f"{phase.sequences:,}",
-                "rate": " → ".join(numbers.figure(float(v), 3) for v in rates[[0, -1]])
+                "rate": " → ".join(numbers.scientific(float(v)) for v in rates[[0, -1]])
                 if rates.size
                 else numbers.NONE,
                 "loss": numbers.figure(ended[0]) if ended else numbers.NONE,
@@ -208,7 +223,7 @@ def source_rows(run: RunFolder) -> list[dict[str, Any]]:
         {
             "source": name,
             "color": source_colors(run)[name],
-            "tokens": numbers.count(count),
+            "tokens": f"{count:,}",
             "share": numbers.percent(count / total) if total else numbers.NONE,
             "epochs": f"{value:.2f}" if isinstance(value := epochs.get(name), int | float) else "",
         }
@@ -281,8 +296,10 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def config_changes(run: RunFolder) -> list[tuple[str, str]]:
-    """Keys of the config whose value is not the default, phases and mix left to their own tables."""
+    """Keys of the config whose value is not the default; phases have a table of their own."""
     defaults = flatten(to_dict(RunConfig()))
+    for name in run.run.data.sources if run.run else ():
+        defaults |= flatten(to_dict(SourceConfig()), f"data.sources.{name}")
     missing = object()
     return [
         (key, written(value))
