@@ -214,7 +214,13 @@ class _Scale:
             chosen = [10.0**n for n in range(first, last + 1, every)]
             if len(chosen) >= 2:
                 places = self.percent(np.array(chosen)).tolist()
-                return tuple(zip(places, [numbers.figure(v, 2) for v in chosen], strict=True))
+                return tuple(
+                    zip(
+                        places,
+                        [f"{v:g}" if v < 1e3 else numbers.count(v) for v in chosen],
+                        strict=True,
+                    )
+                )
         chosen = numbers.ticks(self.low, self.high, 5)
         step = chosen[1] - chosen[0] if len(chosen) > 1 else self.high - self.low
         if self.log:
