@@ -65,12 +65,9 @@ class RunFolder:
 
     @property
     def tokens(self) -> float:
-        """Tokens read so far, by the last row."""
-        series = [s for s in self.metrics.train.values() if len(s)]
-        series += [s for s in self.metrics.evaluation.values() if len(s)]
-        ends = [float(s.tokens[-1]) for s in series]
-        ends += [float(t) for e in self.metrics.events if isinstance(t := e.get("tokens"), int)]
-        return max(ends, default=0.0)
+        """Tokens read so far, by the last logged step or evaluation."""
+        curves = [*self.metrics.train.values(), *self.metrics.evaluation.values()]
+        return max((float(series.tokens[-1]) for series in curves if len(series)), default=0.0)
 
     @property
     def planned_steps(self) -> int | None:

@@ -64,11 +64,10 @@ class Metrics:
 
     @property
     def last_step(self) -> int:
-        """The last step that any row tells of; 0 where there is none."""
-        steps = [series.steps[-1] for series in self.train.values() if len(series)]
-        steps += [series.steps[-1] for series in self.evaluation.values() if len(series)]
-        steps += [event["step"] for event in self.events]
-        return int(max(steps, default=0))
+        """The last step that was logged or evaluated; else the last event's; 0 where none is."""
+        curves = [*self.train.values(), *self.evaluation.values()]
+        steps = [int(series.steps[-1]) for series in curves if len(series)]
+        return max(steps or [event["step"] for event in self.events[-1:]], default=0)
 
 
 class _Columns:

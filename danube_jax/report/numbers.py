@@ -58,7 +58,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as 12 s, 3 min 31 s, 4 h 05 min or 2 d 03 h."""
+    """Seconds as 12 s, 3m 31s, 4h 05m or 2d 03h."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return NONE
     if seconds < 60:
@@ -67,8 +67,8 @@ def duration(seconds: float | None) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     if days:
-        return f"{days} d {hour:02} h"
-    return f"{hour} h {minute:02} min" if hour else f"{minute} min {second:02} s"
+        return f"{days}d {hour:02}h"
+    return f"{hour}h {minute:02}m" if hour else f"{minute}m {second:02}s"
 
 
 def size(number_of_bytes: float) -> str:

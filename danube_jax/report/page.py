@@ -15,7 +15,7 @@ from markupsafe import Markup
 from danube_jax import __version__, files
 from danube_jax.console import info, warn
 from danube_jax.errors import UserError
-from danube_jax.report import comparison, curves, events, sections
+from danube_jax.report import comparison, curves, events, sections, standing
 from danube_jax.report.collect import RunFolder, collect
 
 FILE = "report.html"
@@ -24,6 +24,7 @@ FILE = "report.html"
 PARTS = (
     ("loss", "Loss", ("loss_charts", "phases")),
     ("heldout", "Held-out text", ("heldout_charts", "heldout")),
+    ("scores", "Evaluation", ("benchmark_charts", "tasks", "mt_bench")),
     ("samples", "Samples", ("samples",)),
     ("more", "What else was logged", ("extra_charts",)),
     ("training", "Optimisation and speed", ("known_charts",)),
@@ -75,6 +76,7 @@ def render(run: RunFolder) -> str:
 def run_context(run: RunFolder) -> dict[str, Any]:
     """Everything that the page of a run shows."""
     event_rows, left_out = events.table(run)
+    tables, strips = standing.published_parts([run])
     return {
         "run": run,
         "status": sections.status_line(run),
@@ -89,6 +91,10 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "constants": curves.constants(run.metrics),
         "mixture": sections.mixture(run),
         "sources": sections.source_rows(run),
+        "tables": tables,
+        "strips_": strips,
+        "tasks": standing.task_rows(run),
+        "mt_bench": standing.mt_bench_strip(run.mt_bench[-1]) if run.mt_bench else None,
         "benchmark_charts": curves.benchmark_charts(run),
         "samples": sections.samples_by_prompt(run),
         "events": event_rows,

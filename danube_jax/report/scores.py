@@ -22,7 +22,7 @@ class Score:
 
     Attributes:
       metric: without lm-eval's filter, which is in `filter` ('none' where there is none).
-      stderr, shots, documents: None where the file does not say.
+      stderr, shots: None where the file does not say; documents: (used, there are) likewise.
     """
 
     task: str
@@ -31,8 +31,7 @@ class Score:
     value: float
     stderr: float | None
     shots: int | None
-    documents: int | None
-    higher_is_better: bool
+    documents: tuple[int, int] | None
 
     @property
     def is_share(self) -> bool:
@@ -42,12 +41,13 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """One call of `evaluate`: `step` -1 where the file's name does not say."""
+    """One call of `evaluate`: `step` -1 where the file's name does not say; `content` its JSON."""
 
     file: str
     step: int
     preset: str
     scores: tuple[Score, ...]
+    content: Mapping[str, Any] = dataclasses.field(repr=False)
 
     @property
     def by_task(self) -> dict[str, Score]:
@@ -76,15 +76,14 @@ def read_results(folder: Path, problems: list[str]) -> list[Results]:
     """Every readable results file, by step; others are named in `problems`."""
     found = []
     for path, content in _json_files(folder, "results*.json", problems):
-        results = content.get("results")
-        if not isinstance(results, Mapping):
+        if not isinstance(content.get("results"), Mapping):
             problems.append(f"evaluation/{path.name} holds no results")
             continue
-        name = re.fullmatch(r"results_(\d+)_(.+)\.json", path.name)
+        name = re.fullmatch(r"results_(\d{1,18})_(.+)\.json", path.name)
         step, preset = (int(name[1]), name[2]) if name else (-1, path.stem.removeprefix("results_"))
         scores = tuple(_scores(content))
         if scores:
-            found.append(Results(path.name, step, preset, scores))
+            found.append(Results(path.name, step, preset, scores, content))
         else:
             problems.append(f"evaluation/{path.name} holds no score")
     return sorted(found, key=lambda results: (results.step, results.preset))
@@ -108,41 +107,46 @@ def _json_files(
 def _scores(content: Mapping[str, Any]) -> Iterator[Score]:
     """The main score of each task that is no part of a group with a score of its own."""
     results = content["results"]
-    groups = _mapping(content.get("group_subtasks"))
     inside = {
         task
-        for group, tasks in groups.items()
+        for group, tasks in _mapping(content.get("group_subtasks")).items()
         if isinstance(tasks, list) and _main_metric(_mapping(results.get(group)))
         for task in tasks
         if isinstance(task, str) and task != group
     }
     for task, values in results.items():
-        if task in inside or not isinstance(values, Mapping):
-            continue
-        key = _main_metric(values)
-        if key is None:
+        key = _main_metric(_mapping(values))
+        if task in inside or key is None:
             continue
         metric, _, filter_name = key.partition(",")
         stderr = values.get(f"{metric}_stderr,{filter_name}")
         shots = _mapping(content.get("n-shot")).get(task)
-        documents = _mapping(_mapping(content.get("n-samples")).get(task)).get("effective")
-        higher = _mapping(_mapping(content.get("higher_is_better")).get(task)).get(metric)
         yield Score(
             task=task,
             metric=metric,
             filter=filter_name,
             value=float(values[key]),
-            stderr=float(stderr) if _is_number(stderr) else None,
+            stderr=float(stderr) if is_number(stderr) else None,
             shots=shots if isinstance(shots, int) else None,
-            documents=documents if isinstance(documents, int) else None,
-            higher_is_better=higher is not False and "perplexity" not in metric,
+            documents=_documents(content, task),
         )
+
+
+def _documents(content: Mapping[str, Any], task: str) -> tuple[int, int] | None:
+    """Documents used, and documents there are, of a task or of a group's tasks together."""
+    counts = _mapping(content.get("n-samples"))
+    parts = [task] if task in counts else _mapping(content.get("group_subtasks")).get(task)
+    found = [_mapping(counts.get(part)) for part in parts if isinstance(part, str)] if parts else []
+    pairs = [(count.get("effective"), count.get("original")) for count in found]
+    if not pairs or not all(isinstance(n, int) for pair in pairs for n in pair):
+        return None
+    return sum(used for used, _ in pairs), sum(there for _, there in pairs)
 
 
 def _main_metric(values: Mapping[str, Any]) -> str | None:
     """The key "metric,filter" of the score that stands for a task; the first filter counts."""
     keys = [key for key in values if "," in key and "_stderr" not in key]
-    keys = [key for key in keys if _is_number(values[key])]
+    keys = [key for key in keys if is_number(values[key])]
     for metric in MAIN_METRICS:
         for key in keys:
             if key.partition(",")[0] == metric:
@@ -154,17 +158,17 @@ def read_mt_bench(folder: Path, problems: list[str]) -> list[MTBench]:
     """Every readable MT-Bench file, by step; others are named in `problems`."""
     found = []
     for path, content in _json_files(folder, "mt_bench*.json", problems):
-        number = re.fullmatch(r"mt_bench_(\d+)\.json", path.name)
+        number = re.fullmatch(r"mt_bench_(\d{1,18})\.json", path.name)
         overall = {
             label: float(content[key])
             for key, label in (("turn_1", "turn 1"), ("turn_2", "turn 2"), ("average", "average"))
-            if _is_number(content.get(key))
+            if is_number(content.get(key))
         }
         categories = {
             str(name): {
                 label: float(scores[key])
                 for key, label in (("turn_1", "turn 1"), ("turn_2", "turn 2"))
-                if _is_number(scores.get(key))
+                if is_number(scores.get(key))
             }
             for name, scores in _mapping(content.get("categories")).items()
             if isinstance(scores, Mapping)
@@ -184,5 +188,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

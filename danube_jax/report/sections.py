@@ -102,7 +102,7 @@ def headline(run: RunFolder) -> list[Tile]:
     seconds = run.training_seconds
     if seconds is not None:
         elapsed = run.elapsed_seconds if run.status != "running" else None
-        whole = f"{numbers.duration(elapsed)} from first start to last event" if elapsed else ""
+        whole = f"{numbers.duration(elapsed)} from start to end" if elapsed else ""
         tiles.append(Tile("Training time", numbers.duration(seconds), whole))
     final = run.final()
     if final:

@@ -1,8 +1,8 @@
 """Events of a run: rows of kind "event" in metrics.jsonl, for the report and whoever asks later.
 
 A row says what happened (`event`), when (`time`, seconds since 1970) and where in the run (`step`,
-`tokens`: those done by then). Like all rows, it is dropped where the run resumes from an earlier
-step.
+`tokens`: those done by then). Where the run resumes from an earlier step, the events that belong to
+the steps run again are dropped; those of `HISTORY` stay.
 
   start, resume   `versions`, `device`, `devices`, `processes`, `parameters`, `epochs` (a source,
                   over the whole run), and `lost_steps` where steps had to be run again
@@ -29,6 +29,8 @@ import danube_jax
 START, RESUME, FINISHED = "start", "resume", "finished"
 STOPPED, DIVERGED, SKIPPED, PHASE = "stopped", "diverged", "skipped", "phase"
 RESTORED_OLDER, DATA_CHANGED, INIT_FROM = "restored_older", "data_changed", "init_from"
+
+HISTORY = (START, RESUME, STOPPED, DIVERGED, RESTORED_OLDER, DATA_CHANGED, INIT_FROM)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

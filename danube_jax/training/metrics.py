@@ -12,6 +12,7 @@ from tensorboardX import SummaryWriter
 
 from danube_jax import files
 from danube_jax.errors import UserError
+from danube_jax.training.events import HISTORY
 
 # Dense bfloat16 matmul peak in FLOP/s, NVIDIA data sheets; the first name that stands in the
 # device's own counts.
@@ -87,6 +88,8 @@ class MetricsWriter:
     def __init__(self, workdir: Path, resume_step: int):
         """Rows after `resume_step` are dropped: the steps they tell of are run again.
 
+        Events that happened to the run as a whole stay (`events.HISTORY`).
+
         Raises:
           UserError: the files cannot be read or written.
         """
@@ -112,9 +115,10 @@ class MetricsWriter:
                 break  # the line that a killed run was writing; nothing older follows it
             if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
                 raise UserError(f"{self._path}, line {number}: not a row of metrics; move it away")
-            if row["step"] <= resume_step:
+            if row["step"] <= resume_step or row.get("event") in HISTORY:
                 rows.append(row)
-            self.lost_steps = max(self.lost_steps, row["step"] - resume_step)
+            if row["kind"] == "train":
+                self.lost_steps = max(self.lost_steps, row["step"] - resume_step)
         content = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_bytes(self._path, content.encode())
         return rows

@@ -145,7 +145,7 @@ def test_numbers_read_well():
         numbers.count: {0: "0", 999: "999", 1200128: "1.2M", 1_049_728: "1.05M", 3e12: "3T"},
         numbers.figure: {3.8427693: "3.843", 0.0: "0", 1e-5: "1e-5", 12345.6: "12,346"},
         numbers.scientific: {0.00271: "2.71e-3", 2e-4: "2e-4"},
-        numbers.duration: {7.3: "7.3 s", 211: "3 min 31 s", 3900: "1 h 05 min", 9e4: "1 d 01 h"},
+        numbers.duration: {7.3: "7.3 s", 211: "3m 31s", 3900: "1h 05m", 9e4: "1d 01h"},
         numbers.size: {902684672: "903 MB", 78.3e9: "78.3 GB"},
         numbers.moment: {0: "1970-01-01 00:00:00", True: "", 1e300: ""},
     }
