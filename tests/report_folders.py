@@ -79,7 +79,7 @@ def default_rows(steps: int = STEPS) -> list[dict[str, Any]]:
     """A run without trouble: rows of every kind."""
     versions = {"danube_jax": "9.8.7", "jax": "6.5.4"}
     start = {"versions": versions, "device": "test device", "devices": 8, "parameters": 43_210}
-    rows = [event_row("start", 0, epochs={"first": 0.5, "second": 1.25}, **start)]
+    rows = [event_row("start", 0, **start)]
     for step in range(1, steps + 1):
         rows.append(train_row(step))
         if step == 24:

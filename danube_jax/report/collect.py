@@ -44,7 +44,7 @@ class RunFolder:
 
     Attributes:
       config: as saved, {} where it cannot be read; `run` the same, validated, or None.
-      schedule: the run's phases, where `run` is known.
+      schedule: the run's phases, where `run` is known and has some (a tuning run has none).
       version: of danube_jax that wrote the config; '' where unknown.
       results: scores of lm-eval tasks, oldest step first; mt_bench likewise.
       problems: what is missing or damaged, one sentence each.
@@ -71,9 +71,10 @@ class RunFolder:
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps of the whole run, or up to `training.max_steps`."""
-        if self.run is None or self.schedule is None:
-            return None
+        """Steps of the run, or up to `training.max_steps`: as recorded, else as configured."""
+        recorded = self.detail("last_step", int)
+        if recorded is not None or self.run is None or self.schedule is None:
+            return recorded
         return min(self.run.training.max_steps or 2**62, self.schedule.total_steps)
 
     def events(self, *names: str) -> list[dict[str, Any]]:
@@ -86,6 +87,19 @@ class RunFolder:
             if isinstance(event.get(key), kind):
                 return event[key]
         return None
+
+    def store_tokens(self, source: str) -> int | None:
+        """Tokens of a source's training store, or None where it cannot be read from here."""
+        row = self.run.data.sources.get(source) if self.run else None
+        if row is None:
+            return None
+        prepared = Path(self.run.data.directory or self.path / "data") / source / "train"
+        store = (prepared if row.builtin else Path(row.path)) / "store.json"
+        try:
+            tokens = json.loads(store.read_text(encoding="utf-8"))["tokens"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return tokens if isinstance(tokens, int) else None
 
     @property
     def status(self) -> str:
@@ -164,7 +178,7 @@ def collect(workdir: Path) -> RunFolder:
         version=saved["danube_jax"] if isinstance(saved.get("danube_jax"), str) else "",
         config=config,
         run=run,
-        schedule=PhaseSchedule.from_config(run) if run else None,
+        schedule=PhaseSchedule.from_config(run) if run and run.phases else None,
         metrics=metrics,
         samples=tuple(_read_samples(workdir / SAMPLES, run, problems)),
         results=tuple(read_results(workdir / EVALUATION, problems)),

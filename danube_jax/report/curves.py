@@ -37,6 +37,12 @@ KNOWN: tuple[tuple[str, str, str, Callable[[float], str], bool], ...] = (
     ),
     ("data_wait", "Waiting for data", "Percent of the time.", "percent", True),
 )
+# Other curves of training rows that belong together.
+FAMILIES = {
+    "Implicit rewards": ("reward_chosen", "reward_rejected", "margin"),
+    "Preferred answers, share": ("accuracy", "likelihood_accuracy"),
+    "Log-probabilities of answers": ("log_prob_chosen", "log_prob_rejected"),
+}
 LOSS_KEYS = ("loss", "nll")
 QUIET = (  # said elsewhere, or the same as another curve
     "skipped",
@@ -172,7 +178,7 @@ def known_charts(run: RunFolder) -> list[Chart]:
             continue
         if form == "percent":
             series = Series(series.steps, series.tokens, 100 * series.values)
-            form = _percent_form
+            form = percent_form
         lines = [Line(title.lower(), series, 0, "dots" if len(series) < SMOOTH_LEAST else "line")]
         chart = line_chart(
             title,
@@ -187,7 +193,8 @@ def known_charts(run: RunFolder) -> list[Chart]:
     return charts
 
 
-def _percent_form(value: float) -> str:
+def percent_form(value: float) -> str:
+    """A value that is in percent already."""
     return f"{numbers.figure(value, 3)} %"
 
 
@@ -197,18 +204,12 @@ def extra_charts(run: RunFolder) -> list[Chart]:
     What a preference run logs (rewards, margins, accuracies) comes here without being named.
     """
     charts = []
-    for keys in _groups(extra_keys(run.metrics)):
+    for title, keys in _groups(extra_keys(run.metrics)).items():
         lines = []
         for index, key in enumerate(keys):
-            name = key.partition("/")[2] or key
-            curve = _with_smooth(name.replace("_", " "), run.metrics.series(key), index)
-            lines += curve
-        prefix = keys[0].partition("/")[0]
-        title = prefix if len(keys) > 1 else keys[0].replace("/", ": ")
-        title = title.replace("_", " ")
-        chart = line_chart(
-            title[:1].upper() + title[1:], lines, x_range=x_range(run), bands=bands_of(run)
-        )
+            name = (key.partition("/")[2] or key).replace("_", " ")
+            lines += _with_smooth(name, run.metrics.series(key), index)
+        chart = line_chart(title, lines, x_range=x_range(run), bands=bands_of(run))
         charts += [chart] if chart else []
     return charts
 
@@ -239,14 +240,18 @@ def constants(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def _groups(keys: Sequence[str]) -> list[list[str]]:
-    """Keys "a/x", "a/y" together, but shares (accuracies) apart from what has another scale."""
+def _groups(keys: Sequence[str]) -> dict[str, list[str]]:
+    """Title → keys of one chart: a family, or "a/x" and "a/y"; shares apart from other scales."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         prefix, slash, _ = key.partition("/")
-        share = "accurac" in key or "margin" in key
-        groups.setdefault(f"{prefix}{key if share else ''}" if slash else key, []).append(key)
-    return list(groups.values())
+        title = next((title for title, family in FAMILIES.items() if key in family), "")
+        if not title:
+            apart = slash and ("accurac" in key or "margin" in key)
+            title = (key.replace("/", ": ") if apart else prefix).replace("_", " ")
+            title = title[:1].upper() + title[1:]
+        groups.setdefault(title, []).append(key)
+    return groups
 
 
 def _by_prefix(series: dict[str, Series]) -> dict[str, list[str]]:
@@ -260,7 +265,7 @@ def benchmark_charts(run: RunFolder) -> list[Chart]:
     """Scores of tasks that were measured while training, in percent where they are shares."""
     lines = [
         Line(
-            key.replace("/", " "),
+            _score_name(key),
             Series(series.steps, series.tokens, 100 * series.values)
             if _are_shares(series)
             else series,
@@ -279,6 +284,11 @@ def benchmark_charts(run: RunFolder) -> list[Chart]:
         wide=True,
     )
     return [chart] if chart else []
+
+
+def _score_name(key: str) -> str:
+    """ "arc_easy/acc_norm,none" as "arc_easy acc_norm"."""
+    return key.replace("/", " ").removesuffix(",none").replace(",", " ")
 
 
 def _are_shares(series: Series) -> bool:

@@ -76,7 +76,6 @@ def render(run: RunFolder) -> str:
 def run_context(run: RunFolder) -> dict[str, Any]:
     """Everything that the page of a run shows."""
     event_rows, left_out = events.table(run)
-    tables, strips = standing.published_parts([run])
     return {
         "run": run,
         "status": sections.status_line(run),
@@ -91,8 +90,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "constants": curves.constants(run.metrics),
         "mixture": sections.mixture(run),
         "sources": sections.source_rows(run),
-        "tables": tables,
-        "strips_": strips,
+        "published_parts": standing.published_parts([run]),
         "tasks": standing.task_rows(run),
         "mt_bench": standing.mt_bench_strip(run.mt_bench[-1]) if run.mt_bench else None,
         "benchmark_charts": curves.benchmark_charts(run),

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from danube_jax.config import RunConfig, SourceConfig, to_dict
-from danube_jax.data.phases import sequences_read
+from danube_jax.data.phases import sequences_read, source_use
+from danube_jax.errors import UserError
 from danube_jax.report import numbers
 from danube_jax.report.collect import RunFolder, tail_mean
 from danube_jax.report.curves import source_colors
@@ -96,7 +97,11 @@ def headline(run: RunFolder) -> list[Tile]:
     tiles = []
     total = parameters(run)
     if total is not None:
-        tiles.append(Tile("Parameters", numbers.count(total), f"{total:,}"))
+        trained = run.detail("trained_parameters", int)
+        detail = f"{total:,}"
+        if trained and trained < total:
+            detail = f"{numbers.count(trained)} of them or of adapters are trained"
+        tiles.append(Tile("Parameters", numbers.count(total), detail))
     if run.tokens:
         tiles.append(Tile("Tokens", numbers.count(run.tokens), _progress(run)))
     seconds = run.training_seconds
@@ -212,23 +217,38 @@ def mixture(run: RunFolder) -> list[PhaseMix]:
 
 
 def source_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """Tokens read of each source so far, and epochs over the whole run where recorded."""
+    """Tokens read of each source so far, and epochs over the whole run where known."""
     tokens: dict[str, int] = {}
     for phase in mixture(run):
         for share in phase.shares:
             tokens[share.source] = tokens.get(share.source, 0) + share.tokens
     total = sum(tokens.values())
-    epochs = run.detail("epochs", dict) or {}
+    epochs = _epochs(run)
     return [
         {
             "source": name,
             "color": source_colors(run)[name],
             "tokens": f"{count:,}",
             "share": numbers.percent(count / total) if total else numbers.NONE,
-            "epochs": f"{value:.2f}" if isinstance(value := epochs.get(name), int | float) else "",
+            "epochs": f"{epochs[name]:.2f}" if name in epochs else "",
         }
         for name, count in tokens.items()
     ]
+
+
+def _epochs(run: RunFolder) -> dict[str, float]:
+    """Source → epochs over the whole run; {} where the stores are not all readable from here."""
+    if run.schedule is None:
+        return {}
+    tokens = {name: run.store_tokens(name) for name in run.schedule.sources}
+    known = {name: count for name, count in tokens.items() if count is not None}
+    if len(known) < len(tokens):
+        return {}
+    try:
+        use = source_use(run.schedule, known)
+    except UserError:  # a store that is not the one the run read
+        return {}
+    return {name: float(item.epochs) for name, item in use.items()}
 
 
 def heldout_rows(run: RunFolder) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ try:
 except ImportError:  # scores are then shown alone
     presets = published = None
 
-NAMED = {"Danube": 1, "Danube2": 3, "Danube-Chat": 1}  # published models with a colour of their own
+NAMED = {"Danube": 1, "Danube2": 3, "Danube-Chat": 4}  # published models with a colour of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +103,9 @@ def _documents(score: Score) -> str:
     return f"{used:,}" if used == there else f"{used:,} of {there:,}"
 
 
-def published_parts(runs: Sequence[RunFolder]) -> tuple[list[PublishedTable], list[Strip]]:
-    """For each preset with a published table that some run has results of: table and strip."""
-    tables, strips = [], []
+def published_parts(runs: Sequence[RunFolder]) -> list[tuple[Strip, PublishedTable]]:
+    """For each preset with a published table that some run has results of: strip and table."""
+    parts = []
     for preset in presets.PRESETS.values() if presets else ():
         measured = []
         for color, run in enumerate(runs):
@@ -114,9 +114,8 @@ def published_parts(runs: Sequence[RunFolder]) -> tuple[list[PublishedTable], li
                 scores = [_read(found[-1], column) for column in preset.columns]
                 measured.append((_name(run, found[-1], len(runs) > 1), color, scores))
         if measured:
-            tables.append(_table(preset, measured))
-            strips.append(_strip(preset, measured))
-    return tables, strips
+            parts.append((_strip(preset, measured), _table(preset, measured)))
+    return parts
 
 
 def _name(run: RunFolder, results: Results, several: bool) -> str:
@@ -175,12 +174,17 @@ def _strip(preset: Any, measured: Sequence[tuple]) -> Strip:
         rows.append(
             StripRow(label, " / ".join(texts) or numbers.NONE, tuple(ours), tuple(errors), others)
         )
+    named = {row.model for row in preset.published}
     return Strip(
         title=preset.title,
-        note="Percent right. Bars are a standard error either way; published models are ticks.",
+        note="Percent right. A bar is a standard error either way; published models are ticks.",
         rows=tuple(rows),
         ticks=tuple((at, f"{at}") for at in (0, 25, 50, 75, 100)),
-        legend=tuple((color, name) for name, color, _ in measured),
+        legend=(
+            *((color, name) for name, color, _ in measured),
+            *((color, name) for name, color in NAMED.items() if name in named),
+            (None, "other published models"),
+        ),
     )
 
 
@@ -210,7 +214,9 @@ def mt_bench_strip(item: MTBench) -> Strip:
         note=f"Judged from 1 to 10: {overall}.{ungraded}",
         rows=tuple(rows),
         ticks=tuple((_place(score), str(score)) for score in (1, 4, 7, 10)),
-        legend=((0, "turn 1"), (1, "turn 2")),
+        legend=((0, "turn 1"), (1, "turn 2"), (None, "published chat models, both turns"))
+        if published
+        else ((0, "turn 1"), (1, "turn 2")),
     )
 
 

@@ -4,8 +4,9 @@ A row says what happened (`event`), when (`time`, seconds since 1970) and where 
 `tokens`: those done by then). Where the run resumes from an earlier step, the events that belong to
 the steps run again are dropped; those of `HISTORY` stay.
 
-  start, resume   `versions`, `device`, `devices`, `processes`, `parameters`, `epochs` (a source,
-                  over the whole run), and `lost_steps` where steps had to be run again
+  start, resume   `versions`, `device`, `devices`, `processes`, `parameters` (of the model),
+                  `trained_parameters`, `last_step` (where this session will end), and `lost_steps`
+                  where steps had to be run again
   restored_older  `damaged`: steps of the checkpoints that could not be used
   init_from       `source`: what the weights were initialised from
   data_changed    `changes`

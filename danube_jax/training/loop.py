@@ -229,7 +229,8 @@ class Trainer:
             self.step,
             **events.environment(),
             parameters=param_count(self.config.model),
-            epochs={name: float(use.epochs) for name, use in self.data.use.items()},
+            trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            last_step=self.last_step,
             lost_steps=lost or None,
         )
         if self.checkpointer.damaged:

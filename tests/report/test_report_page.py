@@ -57,7 +57,6 @@ def test_a_whole_run_has_every_part(tmp_path):
         "Finished.",
         "9.8.7",
         "5.500",  # a unigram loss
-        "1.25 epochs planned",
         "The function is 60.",
     ):
         assert text in shown.text, text
