@@ -8,7 +8,7 @@ import numpy as np
 
 from danube_jax.report import curves, numbers, sections, standing
 from danube_jax.report.charts import COLORS, Chart, Line, line_chart, smooth
-from danube_jax.report.collect import RunFolder
+from danube_jax.report.collect import RunFolder, tail_mean
 from danube_jax.report.metric_rows import EMPTY, Series
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the shortest run, where losses are set side by side
@@ -80,7 +80,11 @@ def labels(runs: Sequence[RunFolder]) -> list[str]:
 
 def headline(runs: Sequence[RunFolder]) -> list[Row]:
     """The tiles of each run's own page, as rows."""
-    rows = [Row("Status", tuple(sections.status_line(run) for run in runs))]
+    lines = [sections.status_line(run).split(", ") for run in runs]
+    rows = [
+        Row("Status", tuple(line[0] for line in lines)),
+        Row("Steps", tuple(line[1].removeprefix("step ") for line in lines)),
+    ]
     tiles = [{tile.label: tile for tile in sections.headline(run)} for run in runs]
     order = list(dict.fromkeys(label for run_tiles in tiles for label in run_tiles))
     for label in order:
@@ -149,20 +153,20 @@ def _smoothed(series: Series) -> Series:
 
 
 def losses_at_tokens(runs: Sequence[RunFolder]) -> list[Row]:
-    """Smoothed losses at shares of what the shortest run has read, between points by a line."""
-    series = [_smoothed(run.metrics.series("loss")).finite for run in runs]
+    """Losses at shares of what the shortest run has read: means as of the headline, up to there."""
+    series = [run.metrics.series("loss").finite for run in runs]
     if not all(len(one) for one in series):
         return []
-    start = max(float(one.tokens[0]) for one in series)
     end = min(float(one.tokens[-1]) for one in series)
     rows = []
     for share in SHARES:
-        at = share * end
-        if at < start:
+        until = [curves.until(one, share * end) for one in series]
+        means = [tail_mean(one) for one in until]
+        if not all(means):
             continue
-        values = [float(np.interp(at, one.tokens, one.values)) for one in series]
+        values = [mean[0] for mean in means if mean]
         cells = tuple(numbers.figure(value) for value in values)
-        rows.append(Row(f"{numbers.count(at)} tokens", cells, lowest(values)))
+        rows.append(Row(f"{numbers.count(share * end)} tokens", cells, lowest(values)))
     return rows
 
 

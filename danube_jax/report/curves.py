@@ -120,6 +120,12 @@ def after(series: Series, tokens: float) -> Series:
     return Series(series.steps[keep], series.tokens[keep], series.values[keep])
 
 
+def until(series: Series, tokens: float) -> Series:
+    """The points up to `tokens`."""
+    keep = series.tokens <= tokens
+    return Series(series.steps[keep], series.tokens[keep], series.values[keep])
+
+
 def _with_smooth(name: str, series: Series, color: int = 0) -> list[Line]:
     """A noisy curve, faint, and its running mean; alone where it has few points."""
     if len(series.finite) < SMOOTH_LEAST:

@@ -114,7 +114,8 @@ def published_parts(runs: Sequence[RunFolder]) -> list[tuple[Strip, PublishedTab
                 scores = [_read(found[-1], column) for column in preset.columns]
                 measured.append((_name(run, found[-1], len(runs) > 1), color, scores))
         if measured:
-            parts.append((_strip(preset, measured), _table(preset, measured)))
+            named = NAMED if len(runs) == 1 else {}  # colours are the runs' own otherwise
+            parts.append((_strip(preset, measured, named), _table(preset, measured)))
     return parts
 
 
@@ -154,7 +155,7 @@ def _table(preset: Any, measured: Sequence[tuple]) -> PublishedTable:
     return PublishedTable(preset.title, tuple(head), tuple(rows), len(measured))
 
 
-def _strip(preset: Any, measured: Sequence[tuple]) -> Strip:
+def _strip(preset: Any, measured: Sequence[tuple], named: dict[str, int]) -> Strip:
     rows = []
     for index, column in enumerate(preset.columns):
         ours, errors, texts = [], [], []
@@ -167,14 +168,18 @@ def _strip(preset: Any, measured: Sequence[tuple]) -> Strip:
             if error is not None:
                 errors.append((max(0, value - error), min(100, value + error), color))
         others = tuple(
-            Dot(row.scores[column.task], f"{row.model}: {row.scores[column.task]:.2f}", _of(row))
+            Dot(
+                row.scores[column.task],
+                f"{row.model}: {row.scores[column.task]:.2f}",
+                named.get(row.model),
+            )
             for row in preset.published
         )
         label = f"{column.label}, {column.fewshot}-shot" if column.fewshot else column.label
         rows.append(
             StripRow(label, " / ".join(texts) or numbers.NONE, tuple(ours), tuple(errors), others)
         )
-    named = {row.model for row in preset.published}
+    there = {row.model for row in preset.published}
     return Strip(
         title=preset.title,
         note="Percent right. A bar is a standard error either way; published models are ticks.",
@@ -182,14 +187,10 @@ def _strip(preset: Any, measured: Sequence[tuple]) -> Strip:
         ticks=tuple((at, f"{at}") for at in (0, 25, 50, 75, 100)),
         legend=(
             *((color, name) for name, color, _ in measured),
-            *((color, name) for name, color in NAMED.items() if name in named),
-            (None, "other published models"),
+            *((color, name) for name, color in named.items() if name in there),
+            (None, "other published models" if named else "published models"),
         ),
     )
-
-
-def _of(row: Any) -> int | None:
-    return NAMED.get(row.model)
 
 
 def mt_bench_strip(item: MTBench) -> Strip:

@@ -13,6 +13,7 @@ TOOLS = (
     "bench_convert",
     "convert_from_hf",
     "convert_to_hf",
+    "report",
 )
 
 
