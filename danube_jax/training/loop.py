@@ -23,10 +23,10 @@ from danube_jax.data.phases import describe_mismatch
 from danube_jax.errors import EXIT_INTERRUPTED, RunError, UserError
 from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig
-from danube_jax.models.decoder import Decoder, flops_per_token, init_params, param_count
-from danube_jax.training import events
+from danube_jax.models.decoder import Decoder, flops_per_token, init_params
 from danube_jax.training.checkpoint import Checkpointer
 from danube_jax.training.dtypes import DTYPES
+from danube_jax.training.events import DIVERGED, FINISHED, PHASE, STOPPED, EventLog
 from danube_jax.training.heldout import evaluate_source, make_eval_step, unigram_loss
 from danube_jax.training.init_from import Initialization, resolve_model
 from danube_jax.training.mesh import DATA_AXIS, make_mesh, put_batch
@@ -120,6 +120,7 @@ class Trainer:
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
+        self.events = EventLog(self.writer, run.model, self.schedule, self.last_step)
         self.display = TrainingDisplay(self.schedule, self.last_step)
         self.phase: Any = None
         self.throughput: Throughput | None = None
@@ -202,43 +203,18 @@ class Trainer:
             info("this run is complete; nothing was trained")
             self._summarize(trained=False)
             return 0
-        self._record_beginning()
+        self.events.begin(self.state, self.checkpointer.damaged, self.origin, self.data_changes)
         if self._evaluation_due() or (self.step == 0 and self.config.evaluation.at_start):
             self._evaluate_if_missing()
         with self.display:
             interrupted = self._train_steps(stop)
         self.checkpointer.wait()
         if interrupted:
-            self._record(events.STOPPED, self.step)
+            self.events.record(STOPPED, self.step)
             info(f"saved at step {self.step}; the same command continues from there")
             return EXIT_INTERRUPTED
         self._summarize(trained=True)
         return 0
-
-    def _record(self, event: str, step: int, **details: Any) -> None:
-        """Writes a row of kind "event"."""
-        if self.writer is not None:
-            tokens = self.schedule.tokens_at_step(step)
-            self.writer.write(events.event_row(event, step, tokens, details))
-
-    def _record_beginning(self) -> None:
-        """Records the start or the resume, and what was unusual about it."""
-        lost = self.writer.lost_steps if self.writer is not None else 0
-        self._record(
-            events.RESUME if self.step else events.START,
-            self.step,
-            **events.environment(),
-            parameters=param_count(self.config.model),
-            trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
-            last_step=self.last_step,
-            lost_steps=lost or None,
-        )
-        if self.checkpointer.damaged:
-            self._record(events.RESTORED_OLDER, self.step, damaged=self.checkpointer.damaged)
-        if self.step == 0 and self.origin:
-            self._record(events.INIT_FROM, 0, source=self.origin)
-        if self.data_changes:
-            self._record(events.DATA_CHANGED, self.step, changes=self.data_changes)
 
     def _train_steps(self, stop: StopRequest) -> bool:
         """Steps up to the last one; True where the run was asked to stop before it."""
@@ -305,7 +281,7 @@ class Trainer:
         self.phase = phase
         self.display.enter_phase(phase)
         if self.step == phase.first_step > 0:
-            self._record(events.PHASE, self.step, phase=phase.name, context=phase.context)
+            self.events.record(PHASE, self.step, phase=phase.name, context=phase.context)
         self.throughput = Throughput(
             flops_per_token(self.config.model, phase.context),
             jax.devices()[0].device_kind,
@@ -345,16 +321,9 @@ class Trainer:
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: "
             f"update skipped ({metrics['skipped_in_a_row']} in a row, {metrics['skipped']} in all)"
         )
-        self._record(
-            events.SKIPPED,
-            step,
-            loss=metrics["loss"],
-            grad_norm=metrics["grad_norm"],
-            in_a_row=metrics["skipped_in_a_row"],
-            in_all=metrics["skipped"],
-        )
+        self.events.skipped(step, metrics)
         if metrics["skipped_in_a_row"] >= limit:
-            self._record(events.DIVERGED, step, in_a_row=limit)
+            self.events.record(DIVERGED, step, in_a_row=limit)
             self.checkpointer.wait()
             steps = self.checkpointer.steps()
             raise RunError(
@@ -459,7 +428,7 @@ class Trainer:
                 for name, store in self.data.heldout.items()
             }
             if trained:
-                self._record(events.FINISHED, self.step, unigram=unigram)
+                self.events.record(FINISHED, self.step, unigram=unigram)
             summarize(self.writer.evaluations, unigram, self.workdir)
 
     def close(self) -> None:
