@@ -80,7 +80,7 @@ def loss_charts(run: RunFolder) -> list[Chart]:
         x_range=limits,
         bands=bands,
         marks=marks,
-        note=_loss_note(loss),
+        note=_loss_note(loss) + (" Dashed: see events." if marks else ""),
         wide=True,
     )
     charts = [whole] if whole else []

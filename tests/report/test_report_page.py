@@ -89,6 +89,22 @@ def test_the_mix_that_was_read_is_that_of_the_batches(step):
     assert sequences_read(schedule, step) == expected
 
 
+def test_epochs_are_told_where_the_stores_can_be_read(tmp_path):
+    workdir = make_run(tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    assert "epochs planned" not in page_of(workdir).text
+    for name, tokens in (("first", 10_001), ("second", 20_001)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "store.json").write_text(json.dumps({"tokens": tokens}))
+        config["config"]["data"]["sources"][name]["path"] = str(tmp_path / name)
+    (workdir / "config.json").write_text(json.dumps(config))
+    # 64 tokens a block: (0.7 x 384 windows of 32) / 2 + 0.2 x 288 blocks = 192, of 156 an epoch
+    text = page_of(workdir).text
+    assert "1.23 epochs planned" in text
+    (tmp_path / "first" / "store.json").write_text("{")
+    assert "epochs planned" not in page_of(workdir).text
+
+
 def test_nothing_of_the_folder_becomes_markup(tmp_path):
     config = run_config()
     config["name"] = config["phases"][0]["name"] = EVIL
