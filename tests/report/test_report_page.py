@@ -98,9 +98,9 @@ def test_epochs_are_told_where_the_stores_can_be_read(tmp_path):
         (tmp_path / name / "store.json").write_text(json.dumps({"tokens": tokens}))
         config["config"]["data"]["sources"][name]["path"] = str(tmp_path / name)
     (workdir / "config.json").write_text(json.dumps(config))
-    # 64 tokens a block: (0.7 x 384 windows of 32) / 2 + 0.2 x 288 blocks = 192, of 156 an epoch
+    # Blocks of 64 tokens: 269 windows of 32 (0.7 of 384), so 135, and 58 (0.2 of 288), of 156
     text = page_of(workdir).text
-    assert "1.23 epochs planned" in text
+    assert "1.24 epochs planned" in text
     (tmp_path / "first" / "store.json").write_text("{")
     assert "epochs planned" not in page_of(workdir).text
 
