@@ -61,10 +61,10 @@ def _report(workdir: Path) -> None:
     """Writes the run's page where it stands now, whether the run is complete, stopped or failed."""
     import jax
 
-    from danube_jax.report.page import try_report
+    from danube_jax.report.page import report_at_end
 
     if jax.process_index() == 0:
-        try_report(workdir)
+        report_at_end(workdir)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def context(runs: Sequence[RunFolder]) -> dict[str, Any]:
 
 PARTS = (
     ("loss", "Loss", ("loss_charts",)),
-    ("heldout", "Held-out text", ("heldout_charts", "heldout")),
+    ("heldout", "Held-out data", ("heldout_charts", "heldout")),
     ("scores", "Evaluation", ("published_parts", "tasks")),
     ("samples", "Last samples", ("samples",)),
     ("more", "What else was logged", ("extra_charts",)),

@@ -1,6 +1,7 @@
 """Which charts a run gets: the known curves by name, and every other number that was logged."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,7 +54,13 @@ QUIET = (  # said elsewhere, or the same as another curve
 
 
 def bands_of(run: RunFolder) -> list[Band]:
-    """The phases as shaded stretches, with their contexts."""
+    """The phases as shaded stretches, with their contexts; a round of tuning is one stretch."""
+    if run.schedule is None:
+        rounds = run.config.get("rounds")
+        one = rounds[0] if isinstance(rounds, list) and len(rounds) == 1 else None
+        if not isinstance(one, dict) or not isinstance(one.get("context_length"), int):
+            return []
+        return [Band(0, math.inf, str(one.get("name", "")), f"{one['context_length']:,}")]
     return [
         Band(
             phase.first_token,
@@ -61,7 +68,7 @@ def bands_of(run: RunFolder) -> list[Band]:
             phase.name,
             f"{phase.context:,}",
         )
-        for phase in (run.schedule.phases if run.schedule else ())
+        for phase in run.schedule.phases
     ]
 
 
@@ -80,7 +87,7 @@ def loss_charts(run: RunFolder) -> list[Chart]:
         x_range=limits,
         bands=bands,
         marks=marks,
-        note=_loss_note(loss) + (" Dashed: see events." if marks else ""),
+        note=_loss_note(run) + (" Dashed: see events." if marks else ""),
         wide=True,
     )
     charts = [whole] if whole else []
@@ -107,9 +114,10 @@ def loss_charts(run: RunFolder) -> list[Chart]:
     return [*charts, zoom] if zoom else charts
 
 
-def _loss_note(loss: Series) -> str:
-    note = "Nats a token of each logged step's batch"
-    if len(loss.finite) >= SMOOTH_LEAST:
+def _loss_note(run: RunFolder) -> str:
+    unit = "Preference loss a pair" if run.config.get("objective") == "dpo" else "Nats a token"
+    note = f"{unit} of each logged step's batch"
+    if len(run.metrics.series("loss").finite) >= SMOOTH_LEAST:
         note += "; bold: running mean over 2 % of the run, five points at least"
     return f"{note}. The x-axis counts tokens."
 
@@ -156,7 +164,7 @@ def heldout_charts(run: RunFolder) -> list[Chart]:
             lines,
             x_range=x_range(run),
             bands=bands_of(run),
-            note="Nats a token of text that is not trained on, a source." if loss else "",
+            note="What is not trained on, a source." if loss else "",
             wide=loss,
         )
         charts += [chart] if chart else []

@@ -110,7 +110,7 @@ def tick_label(value: float, step: float) -> str:
     if top >= 1e3:
         return count(value)
     if abs(step) < 1e-3:
-        return figure(value, 3)
+        return scientific(value)
     needed = -math.floor(math.log10(abs(step)))
     exact = abs(step * 10**needed - round(step * 10**needed)) < 1e-6
     return f"{value:.{max(0, needed + (0 if exact else 1))}f}"

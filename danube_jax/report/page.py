@@ -16,14 +16,15 @@ from danube_jax import __version__, files
 from danube_jax.console import info, warn
 from danube_jax.errors import UserError
 from danube_jax.report import comparison, curves, events, sections, standing
-from danube_jax.report.collect import RunFolder, collect
+from danube_jax.report.collect import CONFIG, RunFolder, collect
 
 FILE = "report.html"
+ROUNDS = "rounds"  # where a tuning run keeps the folders of its earlier rounds
 
 # The page's parts: anchor, title, and what each of them shows.
 PARTS = (
     ("loss", "Loss", ("loss_charts", "phases")),
-    ("heldout", "Held-out text", ("heldout_charts", "heldout")),
+    ("heldout", "Held-out data", ("heldout_charts", "heldout")),
     ("scores", "Evaluation", ("benchmark_charts", "tasks", "mt_bench")),
     ("samples", "Samples", ("samples",)),
     ("more", "What else was logged", ("extra_charts",)),
@@ -55,15 +56,22 @@ def write_comparison(workdirs: Sequence[Path], output: Path) -> Path:
     return _write(render_comparison([collect(workdir) for workdir in workdirs]), output)
 
 
-def try_report(workdir: Path) -> Path | None:
-    """`write_report` for the end of a run, which a report that fails must not fail: it warns."""
-    try:
-        path = write_report(workdir)
-        info(f"{'report':14} {path}")
-        return path
-    except Exception as error:  # whatever it is, the run itself is sound
-        warn(f"no report was written: {' '.join(str(error).split())[:300]}")
-        return None
+def report_at_end(workdir: Path) -> list[Path]:
+    """Writes the pages of the run in `workdir`, and of its rounds if it has some, at its end.
+
+    The run is sound whatever becomes of its report, so that a failure is a warning.
+    """
+    written = []
+    for folder in (workdir, *sorted((workdir / ROUNDS).glob("*"))):
+        if not (folder / CONFIG).is_file():  # a round that has not begun
+            continue
+        try:
+            written.append(write_report(folder))
+        except Exception as error:  # whatever it is
+            warn(f"no report was written: {' '.join(str(error).split())[:300]}")
+            continue
+        info(f"{'report':14} {written[-1]}")
+    return written
 
 
 def render(run: RunFolder) -> str:

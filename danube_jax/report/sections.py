@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from danube_jax.config import RunConfig, SourceConfig, to_dict
 from danube_jax.data.phases import sequences_read, source_use
 from danube_jax.errors import UserError
@@ -298,10 +300,13 @@ def _spread(total: int, most: int) -> list[int]:
 
 
 def _tokens_at(run: RunFolder, step: int) -> str:
-    try:
-        return numbers.count(run.schedule.tokens_at_step(step)) if run.schedule else ""
-    except IndexError:
-        return ""
+    """Tokens at a step, as a row of that step says; '' where none does."""
+    curves = [*run.metrics.evaluation.values(), *run.metrics.train.values()]
+    for series in curves:
+        found = np.flatnonzero(series.steps == step)
+        if found.size:
+            return numbers.count(float(series.tokens[found[0]]))
+    return ""
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -143,6 +143,30 @@ def test_every_other_scalar_gets_a_chart(tmp_path):
     assert not any({"chosen", "accuracies"} <= names for names in together)
 
 
+def test_a_tuning_run_without_phases(tmp_path):
+    config = run_config() | {"phases": [], "objective": "dpo"}
+    config["rounds"] = [{"name": "facts", "context_length": 512}]
+    rows = [event_row("start", 0, parameters=1_000, trained_parameters=10, last_step=30)]
+    for step in range(1, 31):
+        more = {"reward_chosen": step / 10, "reward_rejected": -step / 10, "margin": step / 5}
+        rows.append(train_row(step, accuracy=step / 30, likelihood_accuracy=0.5 / step, **more))
+    rows.append({"kind": "evaluation", "step": 30, "tokens": 9, "loss/x": 0.5, "accuracy/x": 0.75})
+    shown = page_of(make_run(tmp_path / "run", config=config, rows=rows))
+    for text in (
+        "finished, step 30 of 30",
+        "context 512",
+        "Preference loss a pair",
+        "Implicit rewards",
+        "Preferred answers, share",
+        "Held-out accuracy",
+        "10 of them or of adapters are trained",
+    ):
+        assert text in shown.text, text
+    families = [{line["name"] for line in json.loads(data)["lines"]} for data in shown.data]
+    assert any({"reward chosen", "reward rejected", "margin"} <= names for names in families)
+    assert any({"accuracy", "likelihood accuracy"} <= names for names in families)
+
+
 def test_losses_that_are_no_numbers_are_shown_and_said(tmp_path):
     rows = [train_row(step, loss=float("nan") if 10 <= step < 13 else 3.0) for step in range(1, 21)]
     rows.append(event_row("skipped", 11, loss=float("nan"), grad_norm=float("inf")))
@@ -241,8 +265,19 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, kind):
 def test_a_report_that_fails_warns_and_does_not_raise(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(page, "warn", warnings.append)
-    assert page.try_report(tmp_path / "nothing") is None
-    assert warnings[0].startswith("no report was written: --workdir=")
+    workdir = make_run(tmp_path / "run")
+    (workdir / "report.html").mkdir()  # cannot be replaced by a file
+    assert page.report_at_end(workdir) == []
+    assert len(warnings) == 1
+    assert warnings[0].startswith("no report was written: ")
+
+
+def test_every_round_of_a_tuning_run_gets_its_page(tmp_path):
+    first = make_run(tmp_path / "run" / "rounds" / "1-wide")
+    (tmp_path / "run" / "rounds" / "2-fine").mkdir()
+    assert page.report_at_end(tmp_path / "run") == [first / "report.html"]
+    make_run(tmp_path / "run")
+    assert len(page.report_at_end(tmp_path / "run")) == 2
 
 
 def test_the_command_writes_where_it_says(tmp_path):
