@@ -44,6 +44,7 @@ FAMILIES = {
     "Preferred answers, share": ("accuracy", "likelihood_accuracy"),
     "Log-probabilities of answers": ("log_prob_chosen", "log_prob_rejected"),
 }
+HELDOUT_QUIET = ("tokens", "bits_per_byte", "context", "pairs")  # in tables, or amounts
 LOSS_KEYS = ("loss", "nll")
 QUIET = (  # said elsewhere, or the same as another curve
     "skipped",
@@ -142,33 +143,42 @@ def _with_smooth(name: str, series: Series, color: int = 0) -> list[Line]:
 
 
 def heldout_charts(run: RunFolder) -> list[Chart]:
-    """Held-out loss a source, and whatever else the evaluation rows hold, a chart a prefix."""
+    """Held-out loss a source, then whatever else the evaluation rows hold and that varies.
+
+    With one source, figures of a family share a chart; with several, each has its own.
+    """
     colors = source_colors(run)
-    charts = []
-    for prefix, keys in _by_prefix(run.metrics.evaluation).items():
-        if prefix in ("tokens", "bits_per_byte", "context"):
+    series = run.metrics.evaluation
+    groups: dict[str, list[str]] = {"loss": []}
+    for prefix, keys in _by_prefix(series).items():
+        if prefix in HELDOUT_QUIET or (prefix != "loss" and not _varies(series, keys)):
             continue
-        lines = [
-            Line(
-                key.partition("/")[2] or key,
-                run.metrics.evaluation[key],
-                colors.get(key.partition("/")[2], index),
-                "dots",
-            )
-            for index, key in enumerate(keys)
-        ]
-        loss = prefix == "loss"
-        title = "Held-out loss" if loss else f"Held-out {prefix.replace('_', ' ')}"
+        family = next((title for title, names in FAMILIES.items() if prefix in names), prefix)
+        groups.setdefault(family if len(keys) == 1 else prefix, []).extend(keys)
+    charts = []
+    for title, keys in groups.items():
+        lines = []
+        for index, key in enumerate(keys):
+            figure, _, source = key.partition("/")
+            together = title in FAMILIES
+            name = figure.replace("_", " ") if together or not source else source
+            color = index if together else colors.get(source, index)
+            lines.append(Line(name, series[key], color, "dots"))
         chart = line_chart(
-            title,
+            f"Held-out {title[:1].lower()}{title[1:].replace('_', ' ')}",
             lines,
             x_range=x_range(run),
             bands=bands_of(run),
-            note="What is not trained on, a source." if loss else "",
-            wide=loss,
+            note="On data that is not trained on, a source." if title == "loss" else "",
+            wide=title == "loss",
         )
         charts += [chart] if chart else []
     return charts
+
+
+def _varies(series: dict[str, Series], keys: Sequence[str]) -> bool:
+    values = [series[key].finite.values for key in keys]
+    return any(one.size == 1 or (one.size and np.ptp(one)) for one in values)
 
 
 def source_colors(run: RunFolder) -> dict[str, int]:

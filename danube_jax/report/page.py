@@ -34,6 +34,14 @@ PARTS = (
     ("config", "Configuration", ("changes", "versions")),
 )
 
+HELDOUT_COLUMNS = (
+    ("first", "first loss"),
+    ("last", "last loss"),
+    ("perplexity", "perplexity"),
+    ("bits", "bits a byte"),
+    ("unigram", "token frequencies alone"),
+)
+
 
 def write_report(workdir: Path, output: Path | None = None) -> Path:
     """Writes the page of the run in `workdir`, to WORKDIR/report.html where `output` is None.
@@ -84,6 +92,7 @@ def render(run: RunFolder) -> str:
 def run_context(run: RunFolder) -> dict[str, Any]:
     """Everything that the page of a run shows."""
     event_rows, left_out = events.table(run)
+    heldout = sections.heldout_rows(run)
     return {
         "run": run,
         "status": sections.status_line(run),
@@ -92,7 +101,8 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "loss_charts": curves.loss_charts(run),
         "phases": sections.phase_rows(run),
         "heldout_charts": curves.heldout_charts(run),
-        "heldout": sections.heldout_rows(run),
+        "heldout": heldout,
+        "heldout_columns": [c for c in HELDOUT_COLUMNS if any(row[c[0]] for row in heldout)],
         "known_charts": curves.known_charts(run),
         "extra_charts": curves.extra_charts(run),
         "constants": curves.constants(run.metrics),

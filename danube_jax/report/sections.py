@@ -102,7 +102,7 @@ def headline(run: RunFolder) -> list[Tile]:
         trained = run.detail("trained_parameters", int)
         detail = f"{total:,}"
         if trained and trained < total:
-            detail = f"{numbers.count(trained)} of them or of adapters are trained"
+            detail = f"{numbers.count(trained)} trained (adapters)"
         tiles.append(Tile("Parameters", numbers.count(total), detail))
     if run.tokens:
         tiles.append(Tile("Tokens", numbers.count(run.tokens), _progress(run)))
@@ -257,6 +257,7 @@ def heldout_rows(run: RunFolder) -> list[dict[str, Any]]:
     """Held-out figures a source: first and last loss, perplexity, bits a byte, unigram loss."""
     unigram = run.detail("unigram", dict) or {}
     bits = run.last_heldout("bits_per_byte/")
+    preferences = run.config.get("objective") == "dpo"  # its loss is no likelihood of text
     rows = []
     for name, last in run.last_heldout().items():
         series = run.metrics.evaluation[f"loss/{name}"]
@@ -267,7 +268,7 @@ def heldout_rows(run: RunFolder) -> list[dict[str, Any]]:
                 "color": source_colors(run)[name],
                 "first": numbers.figure(float(series.values[0])) if len(series) > 1 else "",
                 "last": numbers.figure(last),
-                "perplexity": numbers.figure(math.exp(min(last, 50.0)), 3),
+                "perplexity": "" if preferences else numbers.figure(math.exp(min(last, 50.0)), 3),
                 "bits": numbers.figure(bits[name]) if name in bits else "",
                 "unigram": numbers.figure(baseline) if isinstance(baseline, float) else "",
             }

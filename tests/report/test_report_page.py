@@ -158,8 +158,8 @@ def test_a_tuning_run_without_phases(tmp_path):
         "Preference loss a pair",
         "Implicit rewards",
         "Preferred answers, share",
-        "Held-out accuracy",
-        "10 of them or of adapters are trained",
+        "Held-out preferred answers, share",
+        "10 trained (adapters)",
     ):
         assert text in shown.text, text
     families = [{line["name"] for line in json.loads(data)["lines"]} for data in shown.data]
