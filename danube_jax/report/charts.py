@@ -83,12 +83,13 @@ class Chart:
     lost: tuple[float, ...]  # where values were no numbers
     hover: str  # JSON for the script, without "<"
     wide: bool
+    legend: bool
 
     @property
     def single(self) -> str:
-        """The last value where there is one curve only, which then needs no legend."""
+        """The last value where there is one curve only and no legend is wanted for it."""
         named = [line for line in self.lines if line.style != "faint"]
-        return named[0].last if len(named) == 1 else ""
+        return named[0].last if len(named) == 1 and not self.legend else ""
 
 
 def thin(series: Series, buckets: int = BUCKETS) -> Series:
@@ -143,6 +144,7 @@ def line_chart(
     include_zero: bool = False,
     form: Callable[[float], str] = numbers.figure,
     wide: bool = False,
+    legend: bool = False,
 ) -> Chart | None:
     """Lays out a chart; None where no line has a value that is a number.
 
@@ -151,6 +153,7 @@ def line_chart(
       include_zero: whether the y-axis begins at zero.
       form: writes a value in the legend.
       wide: whether the chart takes the width of the page.
+      legend: whether even a single curve is named in a legend.
     """
     lines = [line for line in lines if len(line.series)]
     shown = [line.series for line in lines]
@@ -185,6 +188,7 @@ def line_chart(
         lost=tuple(place for place in lost if 0 <= place <= 100),
         hover=_hover(lines, left, right, scale),
         wide=wide,
+        legend=legend,
     )
 
 
@@ -239,7 +243,7 @@ def _value_scale(values: np.ndarray, include_zero: bool) -> _Scale:
     if not room or not math.isfinite(room) or room < 1e-9 * max(abs(low), abs(high)):
         room = max(abs(low), abs(high)) * PADDING or 1.0
     bottom = low if include_zero and low == 0 else low - room
-    top = high if include_zero and high == 0 else high + room
+    top = high if include_zero and high == 0 > low else high + room
     return _Scale(bottom, top, log=False)
 
 

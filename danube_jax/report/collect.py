@@ -1,7 +1,6 @@
 """Reads a run's folder: what is there, and in words what is not."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from danube_jax.config import RunConfig, parse_config
 from danube_jax.data.phases import PhaseSchedule
 from danube_jax.errors import UserError
-from danube_jax.report.metric_rows import Metrics, Series, read_metrics
+from danube_jax.report.metric_rows import Metrics, Series, parse_json, read_metrics
 from danube_jax.report.scores import MTBench, Results, read_mt_bench, read_results
 
 CONFIG, METRICS, SAMPLES, CHECKPOINTS, EVALUATION = (
@@ -96,7 +95,7 @@ class RunFolder:
         prepared = Path(self.run.data.directory or self.path / "data") / source / "train"
         store = (prepared if row.builtin else Path(row.path)) / "store.json"
         try:
-            tokens = json.loads(store.read_text(encoding="utf-8"))["tokens"]
+            tokens = parse_json(store.read_text(encoding="utf-8"))["tokens"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return tokens if isinstance(tokens, int) else None
@@ -190,13 +189,13 @@ def collect(workdir: Path) -> RunFolder:
 
 def _read_config(path: Path, problems: list[str]) -> tuple[dict[str, Any], RunConfig | None]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
             raise ValueError("not the config of a run")
     except FileNotFoundError:
         problems.append(f"{path.name} is not there, so phases, mix and model are not known")
         return {}, None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         problems.append(f"{path.name} cannot be read ({reason}), so phases and mix are not known")
         return {}, None

@@ -13,6 +13,8 @@ from danube_jax.report.metric_rows import EMPTY, Series
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the shortest run, where losses are set side by side
 
+EMPTY_VALUES = {numbers.NONE, "", "None", "[]", "{}"}  # of the config: not set, or not there
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -120,7 +122,7 @@ def _overlay(
     ]
     longest = max((float(one.tokens[-1]) for one in series if len(one)), default=0.0)
     limits = (0.0, longest) if longest > 0 else None
-    return line_chart(title, lines, **({"x_range": limits} | options))
+    return line_chart(title, lines, legend=True, **({"x_range": limits} | options))
 
 
 def loss_charts(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Chart]:
@@ -153,9 +155,13 @@ def _smoothed(series: Series) -> Series:
 
 
 def losses_at_tokens(runs: Sequence[RunFolder]) -> list[Row]:
-    """Losses at shares of what the shortest run has read: means as of the headline, up to there."""
+    """Losses at shares of what the shortest run has read: means as of the headline, up to there.
+
+    No row where objectives differ, and losses with them.
+    """
     series = [run.metrics.series("loss").finite for run in runs]
-    if not all(len(one) for one in series):
+    objectives = {str(run.config.get("objective", "pretrain")) for run in runs}
+    if not all(len(one) for one in series) or len(objectives) > 1:
         return []
     end = min(float(one.tokens[-1]) for one in series)
     rows = []
@@ -286,6 +292,6 @@ def config_differences(runs: Sequence[RunFolder]) -> list[Row]:
     rows = []
     for key in _union(flat):
         cells = tuple(sections.written(one[key]) if key in one else numbers.NONE for one in flat)
-        if len(set(cells)) > 1:
+        if len(set(cells)) > 1 and not set(cells) <= EMPTY_VALUES:
             rows.append(Row(key, cells))
     return rows

@@ -52,7 +52,7 @@ def table(run: RunFolder) -> tuple[list[dict[str, str]], int]:
     rows, seen = [], set()
     for event in run.metrics.events:
         kind = event.get("event")
-        key = (kind, event["step"], event.get("phase"))
+        key = (str(kind), event["step"], str(event.get("phase")))
         if kind == "phase" and key in seen:  # entered again after a stop right there
             continue
         seen.add(key)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+MAX_DIGITS = 25  # of a whole number; longer ones become floats, which may be infinite
 _PLACE = ("step", "tokens")  # say where a row stands; every other number is a curve
 
 
@@ -79,7 +81,8 @@ class _Columns:
     def add(self, row: dict[str, Any]) -> None:
         step = row["step"]
         tokens = row.get("tokens")
-        place = float(tokens) if _is_number(tokens) else float(step)
+        known = _is_number(tokens) and math.isfinite(tokens)
+        place = float(tokens) if known else float(step)
         for key, value in row.items():
             if key in _PLACE or not _is_number(value):
                 continue
@@ -96,6 +99,22 @@ class _Columns:
             keep = len(steps) - 1 - first
             out[key] = Series(steps[keep], tokens[keep], values[keep])
         return out
+
+
+def parse_json(text: str) -> Any:
+    """JSON in which every number can become a float.
+
+    Raises:
+      ValueError: it is not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(text, parse_int=_whole)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -141,15 +160,13 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 fine = isinstance(row, dict) and isinstance(row["kind"], str)
                 fine = fine and isinstance(row["step"], int) and abs(row["step"]) < 2**63
-            except (ValueError, KeyError, RecursionError):
+            except (ValueError, KeyError):
                 fine = False
             yield number, row if fine else None
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, float) or abs(value) < 2**1000
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -5,12 +5,13 @@ scores a turn and a category.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from danube_jax.report.metric_rows import parse_json
 
 # In the order in which one of them stands for its task.
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "word_perplexity")
@@ -94,10 +95,10 @@ def _json_files(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(folder.glob(pattern)) if folder.is_dir() else ():
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(content, dict):
                 raise ValueError("not an object")
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             problems.append(f"evaluation/{path.name} cannot be read ({reason})")
             continue
@@ -136,7 +137,8 @@ def _documents(content: Mapping[str, Any], task: str) -> tuple[int, int] | None:
     """Documents used, and documents there are, of a task or of a group's tasks together."""
     counts = _mapping(content.get("n-samples"))
     parts = [task] if task in counts else _mapping(content.get("group_subtasks")).get(task)
-    found = [_mapping(counts.get(part)) for part in parts if isinstance(part, str)] if parts else []
+    names = [part for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
+    found = [_mapping(counts.get(name)) for name in names]
     pairs = [(count.get("effective"), count.get("original")) for count in found]
     if not pairs or not all(isinstance(n, int) for pair in pairs for n in pair):
         return None

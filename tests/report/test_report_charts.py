@@ -113,6 +113,13 @@ def test_one_point_and_constant_values_have_a_scale(value):
         np.testing.assert_allclose(decoded, value, rtol=2e-3, atol=1e-2)
 
 
+def test_zero_throughout_has_a_scale_that_begins_at_zero():
+    chart = line_chart("none", [Line("none", series([0.0, 0.0]))], include_zero=True)
+    _, decoded = decode(chart.lines[0].path, chart)
+    np.testing.assert_array_equal(decoded, [0.0, 0.0])
+    assert json.loads(chart.hover)["scale"] == [0.0, 1.0, 0]
+
+
 def test_bands_and_marks_stand_where_their_tokens_are():
     data = series([1.0, 2.0], tokens=[0, 1000])
     bands = [Band(-500, 250, "a"), Band(250, 2000, "b"), Band(3000, 4000, "c")]
