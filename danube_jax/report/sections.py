@@ -11,12 +11,13 @@ import numpy as np
 from danube_jax.config import RunConfig, SourceConfig, to_dict
 from danube_jax.data.phases import sequences_read, source_use
 from danube_jax.errors import UserError
-from danube_jax.report import numbers
+from danube_jax.report import numbers, standing
 from danube_jax.report.collect import RunFolder, tail_mean
 from danube_jax.report.curves import source_colors
 from danube_jax.report.metric_rows import Series
 
 SAMPLES_SHOWN = 6  # of a prompt; the first and the last are always among them
+SCORE_TILES = 3  # tasks of no preset in the headline, at most
 STATUS = {
     "finished": "finished",
     "diverged": "diverged",
@@ -157,11 +158,30 @@ def _speed(run: RunFolder) -> list[Tile]:
 
 
 def _scores(run: RunFolder) -> list[Tile]:
-    if not run.mt_bench:
-        return []
-    last = run.mt_bench[-1]
-    average = last.overall.get("average")
-    return [Tile("MT-Bench", f"{average:.2f}", f"step {last.step:,}")] if average else []
+    """The leaderboard's average where it is whole, a few single tasks, and MT-Bench."""
+    tiles = []
+    for _, table in standing.published_parts([run]):
+        if table.head[-1] == "average" and table.rows[0][-1] != numbers.NONE:
+            detail = f"{table.title}, average"
+            tiles.append(Tile("Leaderboard", table.rows[0][-1], detail))
+    known = standing.preset_names()
+    singles = [
+        (results, score)
+        for results in standing.latest(run.results)
+        if results.preset not in known
+        for score in results.scores
+    ]
+    for results, score in singles[:SCORE_TILES]:
+        value = f"{100 * score.value:.1f}" if score.is_share else numbers.figure(score.value)
+        step = f", step {results.step:,}" if results.step >= 0 else ""
+        tiles.append(
+            Tile(score.task, value, f"{score.metric}{' in percent' * score.is_share}{step}")
+        )
+    average = run.mt_bench[-1].overall.get("average") if run.mt_bench else None
+    if average is not None:
+        step = run.mt_bench[-1].step
+        tiles.append(Tile("MT-Bench", f"{average:.2f}", f"step {step:,}" if step >= 0 else ""))
+    return tiles
 
 
 def phase_rows(run: RunFolder) -> list[dict[str, str]]:

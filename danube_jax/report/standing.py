@@ -66,6 +66,11 @@ def latest(results: Sequence[Results]) -> list[Results]:
     return [newest[preset] for preset in sorted(newest)]
 
 
+def preset_names() -> set[str]:
+    """Presets that have a published table."""
+    return {preset.name for preset in presets.PRESETS.values()} if presets else set()
+
+
 def task_rows(run: RunFolder) -> list[dict[str, str]]:
     """Every task's score of the newest results of each preset."""
     rows = []

@@ -7,7 +7,7 @@ import pytest
 from html_page import Page
 from report_folders import make_run
 
-from danube_jax.report import standing
+from danube_jax.report import sections, standing
 from danube_jax.report.collect import collect
 from danube_jax.report.page import render
 
@@ -55,6 +55,8 @@ def test_the_newest_scores_of_each_preset_are_shown(tmp_path):
     ]
     assert rows[0]["documents"] == "100 of 1,000"
     assert rows[0]["shots"] == "5"
+    tiles = {tile.label: tile.value for tile in sections.headline(collect(workdir))}
+    assert (tiles["arc_easy"], tiles["gsm"], tiles["wikitext"]) == ("31.3", "50.0", "83.21")
 
 
 def test_a_group_with_a_score_stands_for_its_tasks(tmp_path):
@@ -119,7 +121,9 @@ def test_ours_stands_beside_the_published_models(tmp_path, monkeypatch):
         (39.42, "Danube: 39.42"),
         (52.9, "Better: 52.90"),
     ]
-    assert "The board" in Page(render(run)).text
+    text = Page(render(run)).text
+    assert "The board, average" in text
+    assert "Leaderboard40.00" in text.replace("\n", "")
     write(workdir, "results_60_board.json", results(other=("acc,none", 0.4, 0.02)))
     ((_, table),) = standing.published_parts([collect(workdir)])
     assert table.rows[0][2:] == ("–", "–")  # noqa: RUF001
