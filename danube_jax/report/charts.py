@@ -145,6 +145,7 @@ def line_chart(
     form: Callable[[float], str] = numbers.figure,
     wide: bool = False,
     legend: bool = False,
+    x_unit: str = "tokens",
 ) -> Chart | None:
     """Lays out a chart; None where no line has a value that is a number.
 
@@ -154,6 +155,7 @@ def line_chart(
       form: writes a value in the legend.
       wide: whether the chart takes the width of the page.
       legend: whether even a single curve is named in a legend.
+      x_unit: what `tokens` of the series are, if something else.
     """
     lines = [line for line in lines if len(line.series)]
     shown = [line.series for line in lines]
@@ -177,7 +179,7 @@ def line_chart(
     return Chart(
         title=title,
         note=note + (" Logarithmic scale." if scale.log else ""),
-        summary=_summary(title, lines, form),
+        summary=_summary(title, lines, form, x_unit),
         lines=drawn,
         x_ticks=_x_ticks(left, right),
         y_ticks=scale.ticks(),
@@ -186,7 +188,7 @@ def line_chart(
             (_percent(mark.at, left, right), mark) for mark in marks if left <= mark.at <= right
         ),
         lost=tuple(place for place in lost if 0 <= place <= 100),
-        hover=_hover(lines, left, right, scale),
+        hover=_hover(lines, left, right, scale, x_unit),
         wide=wide,
         legend=legend,
     )
@@ -299,7 +301,7 @@ def _place_bands(
     return placed
 
 
-def _summary(title: str, lines: Sequence[Line], form: Callable[[float], str]) -> str:
+def _summary(title: str, lines: Sequence[Line], form: Callable[[float], str], x_unit: str) -> str:
     """The chart in words, for those who cannot see it."""
     parts = []
     for line in lines:
@@ -307,11 +309,12 @@ def _summary(title: str, lines: Sequence[Line], form: Callable[[float], str]) ->
         if line.style != "faint" and len(finite):
             first, last = float(finite.values[0]), float(finite.values[-1])
             parts.append(f"{line.name} from {form(first)} to {form(last)}")
-    return f"{title} against tokens: {'; '.join(parts)}"
+    return f"{title} against {x_unit}: {'; '.join(parts)}"
 
 
-def _hover(lines: Sequence[Line], left: float, right: float, scale: _Scale) -> str:
+def _hover(lines: Sequence[Line], left: float, right: float, scale: _Scale, x_unit: str) -> str:
     data = {
+        "unit": x_unit,
         "range": [left, right],
         "scale": [scale.low, scale.high, int(scale.log)],
         "lines": [

@@ -113,14 +113,22 @@ class RunFolder:
         return {"start": "running", "resume": "running"}.get(last["event"], last["event"])
 
     @property
-    def training_seconds(self) -> float | None:
-        """Time of the logged steps, from their rates: no compiling, evaluating and saving."""
+    def clock(self) -> Series:
+        """Seconds of training up to each logged step, as values.
+
+        From the rates: compiling, evaluating and saving do not count.
+        """
         rate = self.metrics.series("tokens_per_second")
-        if not len(rate):
-            return None
         tokens = np.diff(np.r_[0.0, rate.tokens])
         good = np.isfinite(rate.values) & (rate.values > 0)
-        return float((tokens[good] / rate.values[good]).sum())
+        seconds = np.cumsum(np.divide(tokens, rate.values, out=np.zeros(len(rate)), where=good))
+        return Series(rate.steps, rate.tokens, seconds)
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Time of the logged steps; see `clock`."""
+        clock = self.clock.values
+        return float(clock[-1]) if clock.size else None
 
     @property
     def elapsed_seconds(self) -> float | None:

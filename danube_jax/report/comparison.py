@@ -40,6 +40,7 @@ def context(runs: Sequence[RunFolder]) -> dict[str, Any]:
         ],
         "headline": headline(runs),
         "loss_charts": loss_charts(runs, names),
+        "time_chart": time_chart(runs, names),
         "at_tokens": losses_at_tokens(runs),
         "phases": phase_bars(runs),
         "heldout_charts": heldout_charts(runs, names),
@@ -148,6 +149,20 @@ def loss_charts(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Chart]:
         wide=True,
     )
     return [whole, zoom] if zoom else [whole]
+
+
+def time_chart(runs: Sequence[RunFolder], names: Sequence[str]) -> Chart | None:
+    """Smoothed training losses against time of training."""
+    longest = max((run.training_seconds or 0.0 for run in runs), default=0.0)
+    unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60)
+    series = []
+    for run in runs:
+        loss, clock = _smoothed(run.metrics.series("loss")), run.clock
+        _, ours, theirs = np.intersect1d(loss.steps, clock.steps, return_indices=True)
+        times = clock.values[theirs] / seconds
+        series.append(Series(loss.steps[ours], times, loss.values[ours]))
+    note = f"Against {unit} of training: compiling, evaluating and saving do not count."
+    return _overlay("Training loss against time", names, series, note=note, wide=True, x_unit=unit)
 
 
 def _smoothed(series: Series) -> Series:

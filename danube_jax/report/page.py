@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from danube_jax import __version__, files
@@ -84,7 +85,8 @@ def report_at_end(workdir: Path) -> list[Path]:
 
 def render(run: RunFolder) -> str:
     """The page of one run."""
-    content = run_context(run)
+    with np.errstate(over="ignore", invalid="ignore"):  # values as logged may be anything
+        content = run_context(run)
     parts = [(name, title) for name, title, keys in PARTS if any(content[key] for key in keys)]
     return _template("run.html").render(_style_and_script() | content | {"parts": parts})
 
@@ -123,7 +125,9 @@ def run_context(run: RunFolder) -> dict[str, Any]:
 
 def render_comparison(runs: Sequence[RunFolder]) -> str:
     """The page that compares runs."""
-    return _template("comparison.html").render(_style_and_script() | comparison.context(runs))
+    with np.errstate(over="ignore", invalid="ignore"):
+        content = comparison.context(runs)
+    return _template("comparison.html").render(_style_and_script() | content)
 
 
 def _write(page: str, output: Path) -> Path:

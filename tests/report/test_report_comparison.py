@@ -65,6 +65,14 @@ def test_losses_are_set_side_by_side_at_the_same_tokens(runs):
         assert row.best == (1,)
 
 
+def test_losses_are_drawn_against_time(runs):
+    chart = json.loads(comparison.time_chart(runs, ["a", "b"]).hover)
+    assert chart["unit"] == "minutes"
+    # 512 tokens a step at 1,000 a second
+    np.testing.assert_allclose(chart["lines"][0]["x"], np.arange(1, 61) * 0.512 / 60, rtol=1e-5)
+    assert len(chart["lines"][1]["x"]) == 30
+
+
 def test_the_best_is_marked_only_where_runs_differ():
     assert comparison.lowest([1.0, 2.0, None]) == (0,)
     assert comparison.lowest([1.0, 1.0]) == ()

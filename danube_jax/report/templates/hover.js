@@ -36,7 +36,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     rule.style.left = percent + "%";
     tip.replaceChildren();
     const head = document.createElement("p");
-    head.textContent = at.toLocaleString("en", { maximumFractionDigits: 0 }) + " tokens";
+    head.textContent = at.toLocaleString("en", { maximumFractionDigits: data.unit === "tokens" ? 0 : 2 }) + " " + data.unit;
     tip.append(head);
     for (const [line, index] of places) {
       const row = document.createElement("p");
