@@ -129,6 +129,32 @@ def test_ours_stands_beside_the_published_models(tmp_path, monkeypatch):
     assert table.rows[0][2:] == ("–", "–")  # noqa: RUF001
 
 
+def test_the_published_leaderboard(tmp_path):
+    presets = pytest.importorskip("danube_jax.evaluation.presets")
+    columns = presets.PRESETS["leaderboard"].columns
+    workdir = make_run(tmp_path / "run")
+    scores = {column.task: (column.metric, 0.1 * i, 0.01) for i, column in enumerate(columns, 1)}
+    write(workdir, "results_60_leaderboard.json", results(**scores))
+    run = collect(workdir)
+    ((strip, table),) = standing.published_parts([run])
+    assert table.rows[0] == (
+        "tiny, step 60",
+        "",
+        "10.00",
+        "20.00",
+        "30.00",
+        "40.00",
+        "50.00",
+        "60.00",
+        "35.00",
+    )
+    published = {row[0]: row[2:] for row in table.rows[1:]}
+    # arXiv 2401.16818v2, table 6
+    assert published["Danube2"] == ("43.34", "72.95", "40.20", "38.01", "68.03", "29.80", "48.72")
+    assert len(strip.rows) == 6
+    assert "48.72" in Page(render(run)).text
+
+
 def test_mt_bench_is_shown_a_category_and_a_turn(tmp_path):
     workdir = make_run(tmp_path / "run")
     content = {
