@@ -25,13 +25,19 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(2);
     return Number(value.toPrecision(5)).toLocaleString("en", { maximumFractionDigits: 6 });
   };
+  const hide = () => { rule.hidden = tip.hidden = true; };
   const show = (event) => {
     const box = area.getBoundingClientRect();
     const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
     const x = left + share * (right - left);
-    const places = data.lines.filter((line) => line.x.length).map((line) => [line, nearest(line.x, x)]);
-    if (!places.length) return;
-    const at = places[0][0].x[places[0][1]];
+    const slack = 0.05 * (right - left);  // beyond its ends, a curve has no value to show
+    const places = data.lines
+      .filter((line) => line.x.length && x >= line.x[0] - slack && x <= line.x.at(-1) + slack)
+      .map((line) => [line, nearest(line.x, x)]);
+    if (!places.length) return hide();
+    const at = places
+      .map(([line, index]) => line.x[index])
+      .reduce((best, place) => (Math.abs(place - x) < Math.abs(best - x) ? place : best));
     const percent = (100 * (at - left)) / (right - left);
     rule.style.left = percent + "%";
     tip.replaceChildren();
@@ -52,7 +58,6 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     const wanted = (percent / 100) * box.width + (share < 0.5 ? 12 : -tip.offsetWidth - 12);
     tip.style.left = Math.max(0, Math.min(room, wanted)) + "px";
   };
-  const hide = () => { rule.hidden = tip.hidden = true; };
   area.addEventListener("pointermove", show);
   area.addEventListener("pointerdown", show);
   area.addEventListener("pointerleave", hide);
