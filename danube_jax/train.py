@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from danube_jax import command_line
-from danube_jax.errors import EXIT_INTERRUPTED
+from danube_jax.errors import EXIT_INTERRUPTED, RunError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/; override values with --config.key=value."
@@ -42,13 +42,29 @@ def main(argv: Sequence[str]) -> int:
             initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             from danube_jax.training.loop import train
 
-            return train(run, workdir, stop)
+            try:
+                status = train(run, workdir, stop)
+            except RunError:
+                _report(workdir)
+                raise
+            _report(workdir)
+            return status
         except Interrupted as interrupted:
             print(
                 f"{interrupted}: stopped before the first step; the same command starts again",
                 file=sys.stderr,
             )
             return EXIT_INTERRUPTED
+
+
+def _report(workdir: Path) -> None:
+    """Writes the run's page where it stands now, whether the run is complete, stopped or failed."""
+    import jax
+
+    from danube_jax.report.page import report_at_end
+
+    if jax.process_index() == 0:
+        report_at_end(workdir)
 
 
 if __name__ == "__main__":

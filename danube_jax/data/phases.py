@@ -350,6 +350,20 @@ def source_use(schedule: PhaseSchedule, source_tokens: Mapping[str, int]) -> dic
     return _source_use(schedule, [_mix_table(phase) for phase in schedule.phases], source_tokens)
 
 
+def sequences_read(schedule: PhaseSchedule, step: int) -> list[dict[str, int]]:
+    """For each phase, how many sequences of each source of its mixture the first `step` steps read.
+
+    Exact: which source a sequence is from depends on nothing but its number.
+    """
+    read = []
+    for phase in schedule.phases:
+        steps = min(max(step - phase.first_step, 0), phase.steps)
+        totals = _mix_table(phase).totals(steps * phase.sequences)
+        names = [name for name, _ in phase.mixture]
+        read.append(dict(zip(names, totals, strict=True)))
+    return read
+
+
 def check_repetition(run: RunConfig, use: Mapping[str, SourceUse]) -> None:
     """Refuses a run that repeats a source more often than its `max_epochs`.
 

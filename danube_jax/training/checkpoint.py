@@ -24,7 +24,11 @@ PyTree = Any
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one workdir."""
+    """Writes and reads the checkpoints of one workdir.
+
+    Attributes:
+      damaged: steps that `restore_latest` found newer than what it could use, newest first.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
         """Opens `directory`, which is made where it does not exist.
@@ -34,6 +38,7 @@ class Checkpointer:
         """
         self._directory = Path(directory).absolute()
         self._writing = 0
+        self.damaged: list[int] = []
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every_steps or None,
@@ -96,16 +101,16 @@ class Checkpointer:
           UserError: there are checkpoints, but none can be used.
         """
         steps = self.steps()
-        damaged: list[int] = []
+        self.damaged = []
         for step in reversed(steps):
             try:
                 state, meta = self._restore(step, abstract_state)
             except Exception as error:  # any reader's error means the same: it cannot be used
                 reason = " ".join(str(error).split())[:300]
                 warn(f"{self._directory / str(step)}: checkpoint cannot be used: {reason}")
-                damaged.append(step)
+                self.damaged.append(step)
                 continue
-            for bad in damaged:
+            for bad in self.damaged:
                 self._set_aside(bad)
             return state, meta
         if steps:

@@ -26,6 +26,7 @@ from danube_jax.inference.sampling import SamplingConfig
 from danube_jax.models.decoder import Decoder, flops_per_token
 from danube_jax.training.checkpoint import Checkpointer
 from danube_jax.training.dtypes import DTYPES, linear_dtype
+from danube_jax.training.events import DIVERGED, FINISHED, PHASE, STOPPED, EventLog
 from danube_jax.training.frozen_weights import FrozenWeights
 from danube_jax.training.heldout import make_eval_step
 from danube_jax.training.init_from import resolve_model
@@ -157,10 +158,12 @@ class Trainer:
         self.checkpointer = Checkpointer(workdir / CHECKPOINTS, run.checkpoint)
         self.origin: dict[str, Any] | None = None  # what the weights were initialised from
         self.frozen: FrozenWeights | None = None
+        self.data_changes: list[str] = []
         self.state = self._restore_or_init()
         self.source = task.begin(self.source, self.frozen, self.evaluator)
         self.step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
+        self.events = EventLog(self.writer, run.model, self.schedule, self.last_step)
         self.display = TrainingDisplay(self.schedule, self.last_step)
         self.phase: Any = None
         self.throughput: Throughput | None = None
@@ -231,6 +234,7 @@ class Trainer:
                 f"({'; '.join(changes)}); bring it back, or accept the change with "
                 "--config.checkpoint.allow_data_change=True"
             )
+        self.data_changes = changes
         for change in changes:
             warn(f"resuming on changed data: {change}")
         if meta["devices"] != self.mesh.size:
@@ -263,17 +267,19 @@ class Trainer:
         if self.step >= self.last_step:
             self._evaluate_if_missing()
             info("this run is complete; nothing was trained")
-            self._summarize()
+            self._summarize(trained=False)
             return 0
+        self.events.begin(self.state, self.checkpointer.damaged, self.origin, self.data_changes)
         if self._evaluation_due() or (self.step == 0 and self.config.evaluation.at_start):
             self._evaluate_if_missing()
         with self.display:
             interrupted = self._train_steps(stop)
         self.checkpointer.wait()
         if interrupted:
+            self.events.record(STOPPED, self.step)
             info(f"saved at step {self.step}; the same command continues from there")
             return EXIT_INTERRUPTED
-        self._summarize()
+        self._summarize(trained=True)
         return 0
 
     def _train_steps(self, stop: StopRequest) -> bool:
@@ -348,6 +354,8 @@ class Trainer:
             return False
         self.phase = phase
         self.display.enter_phase(phase)
+        if self.step == phase.first_step > 0:
+            self.events.record(PHASE, self.step, phase=phase.name, context=phase.context)
         self.throughput = Throughput(
             flops_per_token(self.config.model, phase.context),
             jax.devices()[0].device_kind,
@@ -388,7 +396,9 @@ class Trainer:
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: "
             f"update skipped ({metrics['skipped_in_a_row']} in a row, {metrics['skipped']} in all)"
         )
+        self.events.skipped(step, metrics)
         if metrics["skipped_in_a_row"] >= limit:
+            self.events.record(DIVERGED, step, in_a_row=limit)
             self.checkpointer.wait()
             steps = self.checkpointer.steps()
             raise RunError(
@@ -473,9 +483,12 @@ class Trainer:
         self.display.log_samples(self.step, config.prompts, texts)
         self.writer.write_samples(self.step, texts)
 
-    def _summarize(self) -> None:
+    def _summarize(self, *, trained: bool) -> None:
         if self.writer is not None:
-            self.task.summarize(self.writer.evaluations)
+            baselines = self.task.baselines()
+            if trained:
+                self.events.record(FINISHED, self.step, unigram=baselines)
+            self.task.summarize(self.writer.evaluations, baselines)
 
     def close(self) -> None:
         """Waits for checkpoints and closes files."""

@@ -12,6 +12,7 @@ from tensorboardX import SummaryWriter
 
 from danube_jax import files
 from danube_jax.errors import UserError
+from danube_jax.training.events import HISTORY
 
 # Dense bfloat16 matmul peak in FLOP/s, NVIDIA data sheets; the first name that stands in the
 # device's own counts.
@@ -81,15 +82,19 @@ class MetricsWriter:
 
     Attributes:
       evaluations: the rows of that kind, those of earlier sessions of the run included.
+      lost_steps: steps that an earlier session logged and that are run again.
     """
 
     def __init__(self, workdir: Path, resume_step: int):
         """Rows after `resume_step` are dropped: the steps they tell of are run again.
 
+        Events that happened to the run as a whole stay (`events.HISTORY`).
+
         Raises:
           UserError: the files cannot be read or written.
         """
         self._path = workdir / "metrics.jsonl"
+        self.lost_steps = 0
         try:
             rows = self._keep(resume_step)
             self.evaluations = [row for row in rows if row["kind"] == "evaluation"]
@@ -110,14 +115,18 @@ class MetricsWriter:
                 break  # the line that a killed run was writing; nothing older follows it
             if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
                 raise UserError(f"{self._path}, line {number}: not a row of metrics; move it away")
-            if row["step"] <= resume_step:
+            if row["step"] <= resume_step or row.get("event") in HISTORY:
                 rows.append(row)
+            if row["kind"] == "train":
+                self.lost_steps = max(self.lost_steps, row["step"] - resume_step)
         content = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_bytes(self._path, content.encode())
         return rows
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row with `kind` and `step`; numbers become curves named kind/key.
+
+        Rows of kind "event" are no curves.
 
         Raises:
           UserError: the disk is full or the folder is gone.
@@ -127,6 +136,8 @@ class MetricsWriter:
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+            if row["kind"] == "event":
+                return
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float):
                     self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])

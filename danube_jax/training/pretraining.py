@@ -74,9 +74,13 @@ class Pretraining(Task):
         epochs = ", ".join(f"{n} {float(use.epochs):.2f}" for n, use in self.data.use.items())
         return [f"epochs a source over the whole run: {epochs}"]
 
-    def summarize(self, evaluations: Sequence[dict[str, Any]]) -> None:
-        unigram = {
+    def baselines(self) -> dict[str, float]:
+        return {
             name: unigram_loss(self.data.train[name], store, self.run.model.vocab_size)
             for name, store in self.data.heldout.items()
         }
-        summarize(evaluations, unigram, self.workdir)
+
+    def summarize(
+        self, evaluations: Sequence[dict[str, Any]], baselines: Mapping[str, float]
+    ) -> None:
+        summarize(evaluations, baselines, self.workdir)

@@ -94,9 +94,15 @@ class Task(abc.ABC):
     def notes(self) -> list[str]:
         """Lines about the data, for the start of the run."""
 
+    def baselines(self) -> dict[str, float]:
+        """Held-out losses of each source to compare with, those of its unigram distribution."""
+        return {}
+
     @abc.abstractmethod
-    def summarize(self, evaluations: Sequence[dict[str, Any]]) -> None:
-        """Shows what the run came to, from all its evaluations."""
+    def summarize(
+        self, evaluations: Sequence[dict[str, Any]], baselines: Mapping[str, float]
+    ) -> None:
+        """Shows what the run came to, from all its evaluations and `baselines`."""
 
     def plan_initialization(self) -> Initialization | None:
         """Where the weights of a new run come from; None for random ones or a run that resumes.

@@ -198,7 +198,10 @@ class Tuning(Task):
             f"trained: {trained}",
         ]
 
-    def summarize(self, evaluations: Sequence[dict[str, Any]]) -> None:
+    def summarize(
+        self, evaluations: Sequence[dict[str, Any]], baselines: Mapping[str, float]
+    ) -> None:
+        del baselines
         summarize_tuning(evaluations, list(self.data.heldout), self.workdir)
 
     def encode_prompt(self, prompt: str) -> list[int]:

@@ -14,6 +14,7 @@ TOOLS = (
     "bench_generate",
     "convert_from_hf",
     "convert_to_hf",
+    "report",
 )
 
 
