@@ -85,11 +85,12 @@ def write_tasks(folder: Path) -> Path:
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     letters = questions | {"doc_to_choice": ["A", "B"]}
+    # No control token's name holds a stop string: transformers' criterion would stop on it.
     generation = {
         "output_type": "generate_until",
         "doc_to_text": "Question: {{question}}\nAnswer:",
         "doc_to_target": "{{options[answer]}}",
-        "generation_kwargs": {"until": ["\n", "e"], "max_gen_toks": 20, "do_sample": False},
+        "generation_kwargs": {"until": ["\n", "c"], "max_gen_toks": 20, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
     }
     rolling = {

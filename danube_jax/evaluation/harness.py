@@ -42,7 +42,7 @@ class DanubeLM(TemplateLM):
     """Scores and continues text for lm-eval.
 
     Attributes:
-      tokens, requests, seconds: work done, a shared prefix counted once a request.
+      tokens, requests, seconds: work done; a prefix that requests share counts for each of them.
       template: whether the model has a chat template of its own.
     """
 
@@ -78,12 +78,12 @@ class DanubeLM(TemplateLM):
         """
         super().__init__()
         if pretrained is not None:
-            from danube_jax.evaluation.loading import load_parts
+            from danube_jax.evaluation.loading import open_for_evaluation
 
-            parts = load_parts(str(pretrained), dtype)
-            scorer, params, generator = parts.scorer, parts.params, parts.generator
-            tokenizer, eos_ids, generation = parts.tokenizer, parts.eos_ids, parts.generation
-            max_length = max_length or parts.max_length
+            parts = open_for_evaluation(str(pretrained)).load(dtype)
+            scorer, params, generator = parts["scorer"], parts["params"], parts["generator"]
+            tokenizer, eos_ids = parts["tokenizer"], parts["eos_ids"]
+            generation, max_length = parts["generation"], max_length or parts["max_length"]
         self._scorer, self._params, self._generator = scorer, params, generator
         self._tokenizer = tokenizer
         self._eos_ids = tuple(eos_ids or ([] if tokenizer.eos_id is None else [tokenizer.eos_id]))
@@ -115,6 +115,11 @@ class DanubeLM(TemplateLM):
     def max_length(self) -> int:
         """Tokens that the model takes."""
         return self._max_length
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that entered the model to be scored, each shared prefix once."""
+        return self._scorer.computed_tokens
 
     @property
     def tokenizer_name(self) -> str:
@@ -216,7 +221,9 @@ class DanubeLM(TemplateLM):
         if callable(self._generator):
             self._generator = self._generator()
         contexts = [self.tok_encode(request.args[0]) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(contexts[i])))
+        order = sorted(
+            range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(contexts[i]))
+        )
         results: list[str | None] = [None] * len(requests)
         with (
             self._timed(len(requests), sum(map(len, contexts))),

@@ -2,89 +2,93 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from danube_jax.data import chat
 from danube_jax.data.tokenizer import Tokenizer
-from danube_jax.evaluation.scoring import Params, Scorer
+from danube_jax.evaluation.scoring import Scorer
 from danube_jax.files import sha256_json
 from danube_jax.inference.generate import Generator
-from danube_jax.interop.model_source import CHECKPOINTS, ModelSource, open_model
+from danube_jax.inference.loading import open_text_model
+from danube_jax.interop.model_source import CHECKPOINTS, ModelSource
 from danube_jax.training.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationParts:
-    """A loaded model: what `DanubeLM` takes, by the same names."""
+class EvaluationModel:
+    """A model's folder; its weights are not loaded yet.
+
+    Attributes:
+      source: the folder.
+      tokenizer: its tokenizer, with a chat template only if the model has one of its own or the
+        user named one.
+    """
 
     source: ModelSource
-    scorer: Scorer
-    params: Params
-    generator: Generator | Callable[[], Generator]
     tokenizer: Tokenizer
-    eos_ids: tuple[int, ...]
-    generation: Mapping[str, Any]
-    max_length: int
+
+    def load(self, dtype: str = "auto") -> dict[str, Any]:
+        """Loads the weights onto all devices, whole on each; returns `DanubeLM`'s arguments.
+
+        Args:
+          dtype: of weights and activations; 'auto' is float32 on a CPU, else bfloat16.
+
+        Raises:
+          UserError: the weights cannot be read or used.
+        """
+        source, kind, mesh = self.source, jax.numpy.dtype(self.dtype(dtype)), make_mesh()
+        generator = Generator(
+            source.config, source.load_params(kind), tokenizer=self.tokenizer, dtype=kind
+        )
+        params = generator.params
+        if mesh.size > 1:
+            params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        return {
+            "scorer": Scorer(generator.decoder, mesh=mesh),
+            "params": params,
+            "generator": generator,
+            "tokenizer": self.tokenizer,
+            "eos_ids": source.eos_ids(),
+            "generation": source.generation,
+            "max_length": source.config.max_position_embeddings,
+        }
+
+    def dtype(self, dtype: str) -> str:
+        """The name of the dtype that `load` computes in."""
+        if dtype != "auto":
+            return dtype
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+    def fingerprint(self, dtype: str) -> str:
+        """Changes with the weights' files, what bears on prompts' tokens, and the dtype."""
+        folder = self.source.path
+        if self.source.kind == "workdir":
+            folder = folder / CHECKPOINTS / str(self.source.step)
+        files = sorted(folder.rglob("*") if self.source.kind == "workdir" else folder.iterdir())
+        stats = [
+            (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in files
+            if path.is_file() and path.suffix != ".md"
+        ]
+        tokens = [self.tokenizer.fingerprint, self.tokenizer.adds_bos, self.source.eos_ids()]
+        return sha256_json([os.path.abspath(folder), stats, tokens, self.dtype(dtype)])[:16]
 
 
-def open_for_evaluation(path: str) -> tuple[ModelSource, Tokenizer]:
+def open_for_evaluation(path: str, chat_template: str | None = None) -> EvaluationModel:
     """Opens a folder and its tokenizer; reads no weights.
 
-    Raises:
-      UserError: no model, or no tokenizer that fits it.
-    """
-    from danube_jax.inference.loading import open_text_model
-
-    model = open_text_model(path)
-    return model.source, model.source.tokenizer()
-
-
-def resolve_dtype(dtype: str) -> str:
-    """The dtype of 'auto': float32 on a CPU, else bfloat16."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def load_parts(path: str, dtype: str = "auto") -> EvaluationParts:
-    """Loads a model onto all devices, a copy of the weights on each.
+    Args:
+      path: a workdir, a checkpoint step, or a Hugging Face folder.
+      chat_template: a name or a file, before the model's own template.
 
     Raises:
-      UserError: no model, no tokenizer, or weights that cannot be used.
+      UserError: no model, no tokenizer that fits it, or an unknown template.
     """
-    source, tokenizer = open_for_evaluation(path)
-    mesh = make_mesh()
-    kind = jax.numpy.dtype(resolve_dtype(dtype))
-    params = source.load_params(kind)
-    generator = Generator(source.config, params, tokenizer=tokenizer, dtype=kind)
-    params = generator.params
-    if mesh.size > 1:
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    return EvaluationParts(
-        source=source,
-        scorer=Scorer(generator.decoder, mesh=mesh),
-        params=params,
-        generator=generator,
-        tokenizer=tokenizer,
-        eos_ids=source.eos_ids(),
-        generation=source.generation,
-        max_length=source.config.max_position_embeddings,
-    )
-
-
-def fingerprint(source: ModelSource, dtype: str) -> str:
-    """Names a cache of results: changes with the weights' files, the tokenizer and the dtype."""
-    folder = source.path
-    if source.kind == "workdir":
-        folder = source.path / CHECKPOINTS / str(source.step)
-    stats = [
-        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*") if source.kind == "workdir" else folder.iterdir())
-        if path.is_file() and path.suffix not in (".md", ".db")
-    ]
-    where = os.path.abspath(Path(folder))
-    return sha256_json([where, stats, source.tokenizer().fingerprint, dtype])[:16]
+    source = open_text_model(path).source
+    tokenizer = source.tokenizer()
+    if chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(chat.load_template(chat_template))
+    return EvaluationModel(source, tokenizer)
