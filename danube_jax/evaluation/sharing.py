@@ -6,6 +6,7 @@ once; each input then goes on from there. Everything here is a pure function of 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 MIN_PREFIX = 16  # tokens; below, a second dispatch costs more than it saves
@@ -53,7 +54,7 @@ def find_families(inputs: Sequence[Tokens], first_scored: Sequence[int]) -> list
     order = sorted(range(len(inputs)), key=inputs.__getitem__)
     shared = [
         min(common_prefix(inputs[a], inputs[b]), first_scored[a], first_scored[b])
-        for a, b in zip(order, order[1:], strict=False)
+        for a, b in itertools.pairwise(order)
     ]
     families: list[Family] = []
     stack = [(0, len(order))]
@@ -132,6 +133,5 @@ def size_grid(longest: int) -> tuple[int, ...]:
     while grid[-1] < longest:
         power = 1 << (grid[-1].bit_length() - 1)
         grid.append(grid[-1] + power // 4)
-    return tuple(size for size in grid if size < longest) + (
-        next(size for size in grid if size >= longest),
-    )
+    enough = next(i for i, size in enumerate(grid) if size >= longest)
+    return tuple(grid[: enough + 1])

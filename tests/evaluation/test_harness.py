@@ -91,7 +91,7 @@ def test_all_kinds_of_tasks(pair, manager):
     assert 0 < theirs["results"]["tiny_choice"]["acc,none"] < 1
     texts = {one for row in responses(theirs, "tiny_generation") for one in row}
     assert len(texts) > 5
-    assert 0 < ours["results"]["tiny_rolling"]["bits_per_byte,none"]
+    assert ours["results"]["tiny_rolling"]["bits_per_byte,none"] > 0
 
 
 def test_chat_template_and_few_shot_as_turns(pair, manager):
