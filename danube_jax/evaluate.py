@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from danube_jax import command_line
-from danube_jax.console import console, info, warn
+from danube_jax.console import info, warn
 from danube_jax.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "A workdir, a checkpoint step, or a HF folder.")
@@ -48,6 +48,26 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "auto: float32 on a CPU, else bfloat16."
 )
 _SEED = flags.DEFINE_integer("seed", 1234, "Of the choice of examples (lm-eval's default).")
+_MT_BENCH = flags.DEFINE_string(
+    "mt_bench", None, "Folder with MT-Bench's questions, judge prompts and references."
+)
+_JUDGE_URL = flags.DEFINE_string(
+    "judge_url", None, "Address of an OpenAI-compatible judge; default: $OPENAI_BASE_URL."
+)
+_JUDGE_MODEL = flags.DEFINE_string(
+    "judge_model", None, "Its name on the server; default: $JUDGE_MODEL."
+)
+_JUDGE_KEY = flags.DEFINE_string("judge_key", None, "Its key; better in $OPENAI_API_KEY.")
+_JUDGE_TIMEOUT = flags.DEFINE_float(
+    "judge_timeout", 120.0, "Seconds for one reply.", lower_bound=0.001
+)
+_JUDGE_ATTEMPTS = flags.DEFINE_integer(
+    "judge_attempts", 5, "Requests for one score.", lower_bound=1
+)
+_JUDGE_WORKERS = flags.DEFINE_integer("judge_workers", 4, "Requests at once.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "Of MT-Bench's answers; default: by category.", lower_bound=0.0
+)
 _CACHE = flags.DEFINE_bool("cache", True, "Keep answers, so that a stopped command goes on.")
 _SAMPLES = flags.DEFINE_bool("log_samples", False, "Write every document and its answers, too.")
 
@@ -55,11 +75,12 @@ _SAMPLES = flags.DEFINE_bool("log_samples", False, "Write every document and its
 def main(argv: Sequence[str]) -> int:
     """Parses flags, evaluates, shows and writes results; returns the exit status."""
     command_line.parse_flags(argv, __doc__, required=("model", "tasks"))
-    from danube_jax.evaluation.run import quiet_progress_bars
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is imported
+    from danube_jax.evaluation.tasks import MT_BENCH, load_tasks, select
 
-    quiet_progress_bars()
-    from danube_jax.evaluation.tasks import load_tasks, select
-
+    if _TASKS.value == [MT_BENCH]:
+        return _mt_bench()
     selection = select(_TASKS.value, _NUM_FEWSHOT.value)
     from danube_jax.evaluation.loading import open_for_evaluation
 
@@ -144,12 +165,9 @@ def _report(selection: Any, model: Any, results: dict, lm: Any, notes: list[str]
         "seconds": lm.seconds,
     }
     name = source.path.name if source.step is None else f"{source.path.name}, step {source.step}"
-    if sys.stdout.isatty():
-        console.file = sys.stdout
-    shown = type(console)(soft_wrap=True) if not sys.stdout.isatty() else console
-    shown.print(task_table(results))
+    _show(task_table(results))
     if selection.preset is not None:
-        shown.print(comparison_table(results, selection.preset, name))
+        _show(comparison_table(results, selection.preset, name))
     info(speed_line(lm))
     folder = _output_folder(model)
     if folder is not None:
@@ -157,6 +175,78 @@ def _report(selection: Any, model: Any, results: dict, lm: Any, notes: list[str]
         stem = f"results_{step}{selection.name}"
         for path in write_results(folder, stem, results, text, samples=_SAMPLES.value):
             info(f"wrote {path}")
+
+
+def _show(table: Any) -> None:
+    """Prints a table on standard output; in full width where that is no terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _mt_bench() -> int:
+    """Answers and grades MT-Bench; returns the exit status."""
+    import dataclasses
+
+    from danube_jax.evaluation.judge import Judge, JudgeConfig
+    from danube_jax.evaluation.loading import open_for_evaluation
+    from danube_jax.evaluation.mt_bench import read_mt_bench
+    from danube_jax.evaluation.mt_bench_run import ChatModel, run_mt_bench, table
+    from danube_jax.inference.sampling import SamplingConfig
+
+    folder = _MT_BENCH.value or _LOCAL_DATA.value
+    if folder is None:
+        raise UserError("--mt_bench: is needed; expected the folder of MT-Bench's files")
+    bench = read_mt_bench(folder)
+    if _LIMIT.value is not None:
+        bench = dataclasses.replace(bench, questions=bench.questions[: _LIMIT.value])
+    model = open_for_evaluation(_MODEL.value, _CHAT_TEMPLATE.value)
+    source = model.source
+    if model.tokenizer.chat_template is None:
+        raise UserError(
+            f"{_MODEL.value}: has no chat template, so it is a base model; MT-Bench needs a chat "
+            "model (or name its template with --chat_template)"
+        )
+    url, name = (
+        flag.value or os.environ.get(variable)
+        for flag, variable in ((_JUDGE_URL, "OPENAI_BASE_URL"), (_JUDGE_MODEL, "JUDGE_MODEL"))
+    )
+    if not url or not name:
+        missing = "--judge_url" if not url else "--judge_model"
+        raise UserError(f"{missing}: is needed; expected an OpenAI-compatible server's")
+    judge = Judge(
+        JudgeConfig(
+            url,
+            name,
+            key=_JUDGE_KEY.value or os.environ.get("OPENAI_API_KEY", ""),
+            timeout=_JUDGE_TIMEOUT.value,
+            attempts=_JUDGE_ATTEMPTS.value,
+            workers=_JUDGE_WORKERS.value,
+        )
+    )
+    output = _output_folder(model)
+    if output is None:
+        raise UserError("--output: is needed for a Hugging Face folder; expected a folder")
+    judge.check()
+    parts = model.load(_DTYPE.value)
+    penalty = source.generation.get("repetition_penalty") or 1.0
+    title = source.path.name if source.step is None else f"{source.path.name}, step {source.step}"
+    chat_model = ChatModel(
+        name=title,
+        fingerprint=model.fingerprint(_DTYPE.value),
+        generator=parts["generator"],
+        tokenizer=model.tokenizer,
+        context=parts["max_length"],
+        sampling=SamplingConfig(
+            repetition_penalty=float(penalty), stop_tokens=source.eos_ids(), seed=_SEED.value
+        ),
+        batch=parts["generator"].max_batch,
+    )
+    summary = run_mt_bench(bench, chat_model, judge, output, source.step, _TEMPERATURE.value)
+    _show(table(summary, title))
+    if summary["ungraded"]:
+        warn(f"{len(summary['ungraded'])} turns have no score and are left out of the means")
+    return 0
 
 
 def speed_line(lm: Any) -> str:

@@ -1,7 +1,6 @@
 """Runs lm-eval's tasks on a `DanubeLM`."""
 
 import contextlib
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,8 +73,3 @@ def _usable(cache: Path | None) -> Iterator[None]:
             f"{cache}_rank0.db: the cache of answers cannot be used ({error}); delete it, or give "
             "--nocache"
         ) from None
-
-
-def quiet_progress_bars() -> None:
-    """Leaves progress to our own lines; must run before tqdm is imported."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
