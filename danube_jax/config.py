@@ -163,6 +163,19 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalsConfig:
+    """Benchmarks while training (extra 'eval'); `python -m danube_jax.evaluate` has the same."""
+
+    tasks: str = ""  # a preset (leaderboard, danube) or lm-eval's tasks, with commas; '': none
+    every_steps: int = 0  # 0: only at the end of the run
+    limit: int | None = 100  # documents a task; None: all
+    num_fewshot: int | None = None  # None: each task's own
+    chat: bool = False  # prompts in the tokenizer's chat format
+    local_data: str = ""  # folder of JSONL files in place of downloads
+    include_path: str = ""  # folder of further task YAML files
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplesConfig:
     """Text generated from fixed prompts after an evaluation."""
 
@@ -196,6 +209,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    evals: EvalsConfig = EvalsConfig()
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -428,6 +442,8 @@ def _validate_training(run: RunConfig) -> None:
     )
     _positive("evaluation", run.evaluation, "every_steps", zero=True)
     _positive("evaluation", run.evaluation, "tokens_per_source")
+    _positive("evals", run.evals, "limit")
+    _positive("evals", run.evals, "every_steps", "num_fewshot", zero=True)
     _positive("checkpoint", run.checkpoint, "every_steps", "keep_last")
     _positive("checkpoint", run.checkpoint, "keep_every_steps", zero=True)
     _positive("samples", run.samples, "max_tokens")

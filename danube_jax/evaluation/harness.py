@@ -218,7 +218,7 @@ class DanubeLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the task's stop strings or EOS."""
-        if callable(self._generator):
+        if not isinstance(self._generator, Generator):
             self._generator = self._generator()
         contexts = [self.tok_encode(request.args[0]) for request in requests]
         order = sorted(

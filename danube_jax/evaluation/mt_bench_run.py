@@ -73,7 +73,7 @@ def run_mt_bench(
     }
     answers = _answers(bench, model, folder / f"{stem}_answers.jsonl", key, temperature)
     config = judge.config
-    key |= {"judge": [config.url, config.model], "prompts": repr(sorted(bench.prompts.items()))}
+    key |= {"judge": config.model, "prompts": repr(sorted(bench.prompts.items()))}
     grades = _grades(bench, answers, judge, folder / f"{stem}_judgments.jsonl", key)
     summary = summarize(grades)
     if not summary["graded"]:
