@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from danube_jax.data import chat
 from danube_jax.data.tokenizer import Tokenizer
@@ -30,16 +30,18 @@ class EvaluationModel:
     source: ModelSource
     tokenizer: Tokenizer
 
-    def load(self, dtype: str = "auto") -> dict[str, Any]:
-        """Loads the weights onto all devices, whole on each; returns `DanubeLM`'s arguments.
+    def load(self, dtype: str = "auto", mesh: Mesh | None = None) -> dict[str, Any]:
+        """Loads the weights, whole on each device of a mesh; returns `DanubeLM`'s arguments.
 
         Args:
           dtype: of weights and activations; 'auto' is float32 on a CPU, else bfloat16.
+          mesh: over which rows are spread; None means all devices.
 
         Raises:
           UserError: the weights cannot be read or used.
         """
-        source, kind, mesh = self.source, jax.numpy.dtype(self.dtype(dtype)), make_mesh()
+        source, kind = self.source, jax.numpy.dtype(self.dtype(dtype))
+        mesh = make_mesh() if mesh is None else mesh
         generator = Generator(
             source.config, source.load_params(kind), tokenizer=self.tokenizer, dtype=kind
         )

@@ -18,6 +18,8 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from danube_jax.evaluation.harness import DanubeLM  # noqa: E402
+from danube_jax.evaluation.loading import open_for_evaluation  # noqa: E402
+from danube_jax.evaluation.run import run_tasks  # noqa: E402
 from danube_jax.evaluation.scoring import Scorer  # noqa: E402
 from danube_jax.training.mesh import make_mesh  # noqa: E402
 
@@ -52,7 +54,8 @@ def pair(request, tmp_path_factory):
         tmp_path_factory.mktemp("models") / "model", request.param, chat=request.param == "llama"
     )
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=5)
-    return Pair(DanubeLM(pretrained=str(folder), dtype="float32"), theirs)
+    one = jax.sharding.Mesh(jax.devices()[:1], ("data",))  # compiles faster than all eight
+    return Pair(DanubeLM(**open_for_evaluation(str(folder)).load("float32", one)), theirs)
 
 
 def evaluate(lm, manager, tasks, **options):
@@ -143,16 +146,16 @@ def test_sharing_and_devices_do_not_matter(pair):
     assert jax.device_count() == 8
     wanted = requests(PAIRS + [(f"{LONG[:200]} {i % 4}", f" {i} is {LONG[:i]}") for i in range(40)])
     shared = lm.loglikelihood(wanted)
-    for mesh in (jax.sharding.Mesh(jax.devices()[:1], ("data",)), make_mesh()):
-        scorer = Scorer(lm._generator.decoder, mesh=mesh, share=False)
+    for mesh, share in ((lm._scorer._mesh, False), (make_mesh(), True)):
+        scorer = Scorer(lm._generator.decoder, mesh=mesh, share=share)
         params = jax.device_put(
             lm._params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         )
-        alone = DanubeLM(
+        other = DanubeLM(
             scorer=scorer, params=params, tokenizer=lm._tokenizer, max_length=lm.max_length
         ).loglikelihood(wanted)
-        assert [greedy for _, greedy in shared] == [greedy for _, greedy in alone]
-        for (a, _), (b, _) in zip(shared, alone, strict=True):
+        assert [greedy for _, greedy in shared] == [greedy for _, greedy in other]
+        for (a, _), (b, _) in zip(shared, other, strict=True):
             assert a == pytest.approx(b, abs=1e-4)
 
 
@@ -163,3 +166,37 @@ def test_prefixes_enter_once(pair):
     before = lm._scorer.computed_tokens
     lm.loglikelihood(wanted)
     assert lm._scorer.computed_tokens - before < sum(lengths) / 4
+
+
+class StopsAfter:
+    """A scorer that is interrupted once so many answers have come."""
+
+    def __init__(self, scorer, answers):
+        self._scorer, self._left = scorer, answers
+
+    def score(self, params, wanted, on_result):
+        def counted(index, scored):
+            if self._left == 0:
+                raise KeyboardInterrupt
+            self._left -= 1
+            on_result(index, scored)
+
+        self._scorer.score(params, wanted, counted)
+
+
+def test_an_evaluation_that_was_stopped_goes_on(pair, manager, tmp_path):
+    lm = pair.ours
+    whole = evaluate(lm, manager, ["tiny_letters"])
+    parts = {"params": lm._params, "tokenizer": lm._tokenizer, "max_length": lm.max_length}
+    stopped = DanubeLM(scorer=StopsAfter(lm._scorer, 17), **parts)
+    options = {"cache": tmp_path / "cache" / "answers"}
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(stopped, manager.load(["tiny_letters"])["tasks"].values(), **options)
+    resumed = DanubeLM(scorer=lm._scorer, **parts)
+    tasks = manager.load(["tiny_letters"])["tasks"].values()
+    results = run_tasks(resumed, tasks, **options)
+    assert resumed.requests == 2 * 24 - 17
+    assert (
+        results["results"]["tiny_letters"]["acc,none"]
+        == (whole["results"]["tiny_letters"]["acc,none"])
+    )
