@@ -36,10 +36,8 @@ def test_prompts_are_the_official_ones(tmp_path):
         (task,) = tasks
         assert notes == []
         assert len(task.eval_docs) == 5
-        assert requests(task, 1) == [
-            ("Question: g0\nAnswer:", " a"),
-            ("Question: g0\nAnswer:", " b"),
-        ]
+        question = "Question: g0\nAnswer:"
+        assert requests(task, 1) == [(question, " a"), (question, " b")]
 
 
 def test_examples_come_from_rows_that_are_not_scored(tmp_path):
