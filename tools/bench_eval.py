@@ -1,10 +1,11 @@
-"""Measure lm-eval tasks with our model and with lm-eval's Hugging Face backend, one after the other.
+"""Measure lm-eval tasks with our model and with lm-eval's Hugging Face backend.
 
 Example:
   python tools/bench_eval.py --model=HF_DIR --tasks=piqa,arc_easy --limit=50 \\
       --local_data=data/benchmarks
 
-Both get the same weights, tasks and documents. Loading is not timed; compiling our programs is,
+Both run in this call, one after the other, on the same weights,
+tasks and documents. Loading is not timed; compiling our programs is,
 once ("first") and again with the programs at hand ("again"). Scores must be the same, and the
 largest difference of a log-likelihood is shown. Needs PyTorch and the extra 'eval'.
 """
