@@ -23,7 +23,7 @@ from absl import flags
 
 from danube_jax import command_line
 from danube_jax.console import info, warn
-from danube_jax.errors import UserError
+from danube_jax.errors import EXIT_INTERRUPTED, UserError
 
 _MODEL = flags.DEFINE_string("model", None, "A workdir, a checkpoint step, or a HF folder.")
 _TASKS = flags.DEFINE_list("tasks", None, "leaderboard, danube, mt_bench, or lm-eval's tasks.")
@@ -75,6 +75,15 @@ _SAMPLES = flags.DEFINE_bool("log_samples", False, "Write every document and its
 def main(argv: Sequence[str]) -> int:
     """Parses flags, evaluates, shows and writes results; returns the exit status."""
     command_line.parse_flags(argv, __doc__, required=("model", "tasks"))
+    try:
+        return _main()
+    except KeyboardInterrupt:
+        kept = "; the same command goes on from here" if _CACHE.value else ""
+        info(f"stopped{kept}")
+        return EXIT_INTERRUPTED
+
+
+def _main() -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is imported
     from danube_jax.evaluation.tasks import MT_BENCH, load_tasks, select
@@ -234,13 +243,13 @@ def _mt_bench() -> int:
     chat_model = ChatModel(
         name=title,
         fingerprint=model.fingerprint(_DTYPE.value),
-        generator=parts["generator"],
+        generator=parts["generator"][0],
         tokenizer=model.tokenizer,
         context=parts["max_length"],
         sampling=SamplingConfig(
             repetition_penalty=float(penalty), stop_tokens=source.eos_ids(), seed=_SEED.value
         ),
-        batch=parts["generator"].max_batch,
+        batch=parts["generator"][0].max_batch,
     )
     summary = run_mt_bench(bench, chat_model, judge, output, source.step, _TEMPERATURE.value)
     _show(table(summary, title))

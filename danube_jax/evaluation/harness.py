@@ -9,8 +9,10 @@ Registered as `danube_jax`; `DanubeLM(pretrained=DIR)` is what lm-eval builds fr
 
 import copy
 import functools
+import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -52,7 +54,10 @@ class DanubeLM(TemplateLM):
         *,
         scorer: Scorer | None = None,
         params: Params = None,
-        generator: Generator | Callable[[], Generator] | None = None,
+        generator: Generator
+        | Sequence[Generator]
+        | Callable[[], Sequence[Generator]]
+        | None = None,
         tokenizer: Tokenizer | None = None,
         eos_ids: Sequence[int] | None = None,
         generation: Mapping[str, Any] | None = None,
@@ -66,7 +71,8 @@ class DanubeLM(TemplateLM):
         Args:
           pretrained: a workdir, a checkpoint step, or a Hugging Face folder.
           scorer, params: what computes log-probabilities, and the weights it is called with.
-          generator: what continues text, or a function that makes it when it is needed.
+          generator: what continues text: one, or one a device, or a function that makes them when
+            they are needed.
           tokenizer: the model's.
           eos_ids: tokens that end a text; None means the tokenizer's EOS.
           generation: generation_config.json; its repetition penalty holds, as it does in
@@ -217,31 +223,60 @@ class DanubeLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the task's stop strings or EOS."""
-        if not isinstance(self._generator, Generator):
-            self._generator = self._generator()
+        """Continuations up to the task's stop strings or EOS; each device takes its own batches."""
         contexts = [self.tok_encode(request.args[0]) for request in requests]
-        order = sorted(
-            range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(contexts[i]))
-        )
+        settings = [repr(request.args[1]) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(contexts[i])))
+        generators = self._generators()
+        batches: list[list[int]] = []
+        for i in order:
+            full = batches and len(batches[-1]) == generators[0].max_batch
+            if not batches or full or settings[batches[-1][0]] != settings[i]:
+                batches.append([])
+            batches[-1].append(i)
+        free = queue.SimpleQueue()
+        for generator in generators:
+            free.put(generator)
+
+        def run(batch: list[int]) -> tuple[list[int], list[str], int]:
+            generator = free.get()
+            try:
+                kwargs = requests[batch[0]].args[1]
+                return batch, *self._generate(generator, [contexts[i] for i in batch], kwargs)
+            finally:
+                free.put(generator)
+
         results: list[str | None] = [None] * len(requests)
         with (
             self._timed(len(requests), sum(map(len, contexts))),
             progress("generation", len(requests), "requests") as advance,
+            ThreadPoolExecutor(len(generators)) as pool,
         ):
-            while order:
-                kwargs = requests[order[0]].args[1]
-                batch = [i for i in order[: self._generator.max_batch]]
-                batch = [i for i in batch if requests[i].args[1] == kwargs]
-                order = order[len(batch) :]
-                texts = self._generate([contexts[i] for i in batch], kwargs)
-                for i, text in zip(batch, texts, strict=True):
-                    results[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                advance(len(batch))
+            futures = [pool.submit(run, batch) for batch in batches]
+            try:
+                for future in as_completed(futures):
+                    batch, texts, tokens = future.result()
+                    self.tokens += tokens
+                    for i, text in zip(batch, texts, strict=True):
+                        results[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    advance(len(batch))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         return results
 
-    def _generate(self, contexts: list[list[int]], kwargs: Mapping[str, Any]) -> list[str]:
+    def _generators(self) -> Sequence[Generator]:
+        if callable(self._generator):
+            self._generator = self._generator()
+        if isinstance(self._generator, Generator):
+            self._generator = [self._generator]
+        return self._generator
+
+    def _generate(
+        self, generator: Generator, contexts: list[list[int]], kwargs: Mapping[str, Any]
+    ) -> tuple[list[str], int]:
+        """Continuations of one batch, and how many tokens were drawn."""
         options = normalize_gen_kwargs(copy.deepcopy(dict(kwargs)), DEFAULT_NEW_TOKENS)
         eos = None if self.eot_token_id is None else self._tokenizer.piece(self.eot_token_id)
         until = handle_stop_sequences(options.pop("until"), eos=eos)
@@ -252,16 +287,16 @@ class DanubeLM(TemplateLM):
                 f"a task asks for {new_tokens:,} new tokens; expected fewer than the model's "
                 f"context of {self.max_length:,}"
             )
-        completions = self._generator.generate(
+        completions = generator.generate(
             [context[-room:] for context in contexts],
             self._sampling(options, until, new_tokens),
         )
-        texts = []
-        for (completion,) in completions:
-            text = self._tokenizer.decode(completion.tokens)
-            self.tokens += len(completion.tokens)
-            texts.append(postprocess_generated_text(text, until, None))
-        return texts
+        drawn = [completion.tokens for (completion,) in completions]
+        texts = [
+            postprocess_generated_text(self._tokenizer.decode(tokens), until, None)
+            for tokens in drawn
+        ]
+        return texts, sum(map(len, drawn))
 
     def _sampling(
         self, options: Mapping[str, Any], until: list[str], new_tokens: int

@@ -135,7 +135,7 @@ class Benchmarks:
         lm = DanubeLM(
             scorer=self._scorer_of(params),
             params=params,
-            generator=functools.partial(self._generator, params),
+            generator=functools.partial(self._generators, params),
             tokenizer=self._tokenizer,
             max_length=self._run.model.max_position_embeddings,
         )
@@ -157,19 +157,23 @@ class Benchmarks:
     def _dtype(self) -> Any:
         return jax.numpy.dtype(self._run.precision.compute)
 
-    def _generator(self, params: Any) -> Any:
-        """Generates on this process's first device; every process comes to the same texts."""
+    def _generators(self, params: Any) -> Any:
+        """One generator a device of this process; every process comes to the same texts."""
+        from danube_jax.evaluation.loading import local_generators
         from danube_jax.inference.generate import Generator
 
-        if self._mesh.size > 1:
-            whole = jax.jit(
-                lambda tree: jax.tree.map(
-                    lambda x: x.astype(self._dtype) if x.ndim > 1 else x, tree
-                ),
-                out_shardings=NamedSharding(self._mesh, Spec()),
-            )
-            params = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole(params))
-        return Generator(self._run.model, params, tokenizer=self._tokenizer, dtype=self._dtype)
+        model, dtype = self._run.model, self._dtype
+        if self._mesh.size == 1:
+            return [Generator(model, params, tokenizer=self._tokenizer, dtype=dtype)]
+        whole = jax.jit(
+            lambda tree: jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, tree),
+            out_shardings=NamedSharding(self._mesh, Spec()),
+        )(params)
+        here = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+        first = Generator(model, here, tokenizer=self._tokenizer, dtype=dtype)
+        if first.decoder.config.tie_word_embeddings != model.tie_word_embeddings:
+            return [first]  # it made a head of its own, which the others would lack
+        return local_generators(first, whole)
 
     def close(self) -> None:
         """Removes what the tasks keep on disk."""

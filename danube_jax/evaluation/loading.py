@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from danube_jax.data import chat
 from danube_jax.data.tokenizer import Tokenizer
-from danube_jax.evaluation.scoring import Scorer
+from danube_jax.evaluation.scoring import Params, Scorer
 from danube_jax.files import sha256_json
 from danube_jax.inference.generate import Generator
 from danube_jax.inference.loading import open_text_model
@@ -51,7 +51,7 @@ class EvaluationModel:
         return {
             "scorer": Scorer(generator.decoder, mesh=mesh),
             "params": params,
-            "generator": generator,
+            "generator": local_generators(generator, params),
             "tokenizer": self.tokenizer,
             "eos_ids": source.eos_ids(),
             "generation": source.generation,
@@ -77,6 +77,29 @@ class EvaluationModel:
         ]
         tokens = [self.tokenizer.fingerprint, self.tokenizer.adds_bos, self.source.eos_ids()]
         return sha256_json([os.path.abspath(folder), stats, tokens, self.dtype(dtype)])[:16]
+
+
+def local_generators(first: Generator, params: Params) -> list[Generator]:
+    """One generator a device of this process.
+
+    Args:
+      first: a generator, which stays the first of them.
+      params: its parameters, whole on every device of a mesh.
+    """
+    leaf = jax.tree.leaves(params)[0]
+    others = range(1, len(leaf.addressable_shards))
+    return [
+        first,
+        *(
+            Generator(
+                first.decoder.config,
+                jax.tree.map(lambda x, i=i: x.addressable_shards[i].data, params),
+                tokenizer=first.tokenizer,
+                dtype=first.decoder.dtype,
+            )
+            for i in others
+        ),
+    ]
 
 
 def open_for_evaluation(path: str, chat_template: str | None = None) -> EvaluationModel:

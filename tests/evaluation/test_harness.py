@@ -147,7 +147,7 @@ def test_sharing_and_devices_do_not_matter(pair):
     wanted = requests(PAIRS + [(f"{LONG[:200]} {i % 4}", f" {i} is {LONG[:i]}") for i in range(40)])
     shared = lm.loglikelihood(wanted)
     for mesh, share in ((lm._scorer._mesh, False), (make_mesh(), True)):
-        scorer = Scorer(lm._generator.decoder, mesh=mesh, share=share)
+        scorer = Scorer(lm._generators()[0].decoder, mesh=mesh, share=share)
         params = jax.device_put(
             lm._params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         )
@@ -200,3 +200,27 @@ def test_an_evaluation_that_was_stopped_goes_on(pair, manager, tmp_path):
         results["results"]["tiny_letters"]["acc,none"]
         == (whole["results"]["tiny_letters"]["acc,none"])
     )
+
+
+def test_generation_on_several_devices(pair, manager, tmp_path):
+    if not pair.ours.template:
+        pytest.skip("one model is enough")
+    from danube_jax.evaluation.loading import local_generators
+
+    first = pair.ours._generators()[0]
+    first.max_batch = 7
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    params = jax.device_put(
+        first.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    generators = local_generators(first, params)
+    assert len(generators) == 2
+    several = DanubeLM(
+        scorer=pair.ours._scorer,
+        params=params,
+        generator=generators,
+        tokenizer=pair.ours._tokenizer,
+        max_length=CONTEXT,
+    )
+    one, two = (evaluate(lm, manager, ["tiny_generation"]) for lm in (pair.ours, several))
+    assert responses(one, "tiny_generation") == responses(two, "tiny_generation")
