@@ -30,7 +30,8 @@ Params = Any
 
 DISPATCH_TOKENS = 16_384  # of one device
 CPU_DISPATCH_TOKENS = 1_024  # activations that stay in a CPU's cache
-CACHE_TOKENS = 4 * DISPATCH_TOKENS  # keys and values of rows that go on from prefixes
+CACHE_TOKENS = 2 * DISPATCH_TOKENS  # keys and values of rows that go on from prefixes
+CPU_CACHE_TOKENS = 16 * CPU_DISPATCH_TOKENS
 CHUNK_QUESTIONS = 1_024  # whose logits are held at once
 CPU_CHUNK_QUESTIONS = 128
 PROGRAM_TOKENS = 1_024  # padding that costs about as much as compiling one program more
@@ -94,6 +95,7 @@ class Scorer:
         self._decoder, self._mesh, self._share = decoder, mesh, share
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._dispatch_tokens = CPU_DISPATCH_TOKENS if on_cpu else DISPATCH_TOKENS
+        self._cache_tokens = CPU_CACHE_TOKENS if on_cpu else CACHE_TOKENS
         self._chunk = CPU_CHUNK_QUESTIONS if on_cpu else CHUNK_QUESTIONS
         self._grid = size_grid(decoder.config.max_position_embeddings)
         self._build_programs(specs)
@@ -266,7 +268,7 @@ class Scorer:
             padding = self._put(padding_NF.reshape(-1))
             cache = self._prefill(params, self._put(tokens_NFP.reshape(-1, size)), padding)
             prefixes = [[family.prefix for family in taken[d::devices]] for d in range(devices)]
-            fitting = min(self._dispatch_tokens // tail, CACHE_TOKENS // (size + tail))
+            fitting = min(self._dispatch_tokens // tail, self._cache_tokens // (size + tail))
             rows = self._rows(fitting, max(map(len, members)) * devices)
             for begin in range(0, max(map(len, members)), rows):
                 now = [part[begin : begin + rows] for part in members]
