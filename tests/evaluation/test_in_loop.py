@@ -82,8 +82,11 @@ def test_scores_are_those_of_the_checkpoint(corpus, tasks, tmp_path):
     assert again[-1] == row
 
 
-def test_unknown_tasks_stop_before_training(corpus, tasks, tmp_path):
-    run = tiny_config(corpus, tasks, tasks="tiny_choise")
-    with StopRequest() as stop, pytest.raises(UserError, match="did you mean tiny_choice"):
+def test_tasks_that_cannot_run_stop_before_training(corpus, tasks, tmp_path):
+    run = tiny_config(corpus, tasks, tasks="danube,piqa")
+    with StopRequest() as stop, pytest.raises(UserError, match="'danube' stands alone"):
+        train(run, tmp_path / "run", stop)
+    run = tiny_config(corpus, tasks, chat=True)
+    with StopRequest() as stop, pytest.raises(UserError, match="has no chat template"):
         train(run, tmp_path / "run", stop)
     assert not (tmp_path / "run").exists()
