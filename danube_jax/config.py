@@ -236,6 +236,19 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalsConfig:
+    """Benchmarks while training (extra 'eval'); `python -m danube_jax.evaluate` has the same."""
+
+    tasks: str = ""  # a preset (leaderboard, danube) or lm-eval's tasks, with commas; '': none
+    every_steps: int = 0  # 0: only at the end of the run
+    limit: int | None = 100  # documents a task; None: all
+    num_fewshot: int | None = None  # None: each task's own
+    chat: bool = False  # prompts in the tokenizer's chat format
+    local_data: str = ""  # folder of JSONL files in place of downloads
+    include_path: str = ""  # folder of further task YAML files
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplesConfig:
     """Text generated from fixed prompts after an evaluation."""
 
@@ -274,6 +287,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    evals: EvalsConfig = EvalsConfig()
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

@@ -176,6 +176,8 @@ def _validate_training(run: RunConfig) -> None:
     )
     _positive("evaluation", run.evaluation, "every_steps", zero=True)
     _positive("evaluation", run.evaluation, "tokens_per_source")
+    _positive("evals", run.evals, "limit")
+    _positive("evals", run.evals, "every_steps", "num_fewshot", zero=True)
     _positive("checkpoint", run.checkpoint, "every_steps", "keep_last")
     _positive("checkpoint", run.checkpoint, "keep_every_steps", zero=True)
     _positive("samples", run.samples, "max_tokens")

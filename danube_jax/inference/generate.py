@@ -115,6 +115,16 @@ class Generator:
         )
         self._kept: _Kept | None = None
 
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder that takes `params`."""
+        return self._decoder
+
+    @property
+    def params(self) -> Params:
+        """The weights as they are computed with."""
+        return self._params
+
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | None = None
     ) -> list[list[Completion]]:

@@ -21,6 +21,7 @@ from danube_jax.console import console, info, warn
 from danube_jax.data.loader import make_loader
 from danube_jax.data.phases import describe_mismatch
 from danube_jax.errors import EXIT_INTERRUPTED, RunError, UserError
+from danube_jax.evaluation.in_loop import open_benchmarks
 from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig
 from danube_jax.models.decoder import Decoder, flops_per_token
@@ -149,6 +150,7 @@ class Trainer:
         self.source = task.batch_source(self.mesh.size)
         self.initialization = task.plan_initialization()
         self._compile_parts()
+        self.benchmarks = open_benchmarks(run, workdir, self.mesh, task.tokenizer)
         self.last_step = self._last_step()
         if jax.process_index() == 0:
             claim_workdir(workdir, run)
@@ -422,20 +424,34 @@ class Trainer:
         )
 
     def _evaluation_due(self) -> bool:
+        return self._heldout_due() or self.benchmarks.due(self.step, self.last_step)
+
+    def _heldout_due(self) -> bool:
         every = self.config.evaluation.every_steps
         on_schedule = every and self.step and self.step % every == 0
         return self.task.can_evaluate() and bool(on_schedule or self.step == self.last_step)
 
     def _evaluate_if_missing(self) -> None:
         """Evaluates and samples at this step, unless metrics.jsonl has it from before a stop."""
-        missing = self.writer is not None and not any(
-            row["step"] == self.step for row in self.writer.evaluations
+        missing = (
+            self.writer is not None
+            and self.task.can_evaluate()
+            and not any(row["step"] == self.step for row in self.writer.evaluations)
         )
         if jax.process_count() > 1:
             missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
         if missing:
             self._evaluate()
             self._sample()
+        if self.benchmarks.due(self.step, self.last_step):
+            tokens = self.schedule.tokens_at_step(self.step)
+            params = self._whole_params() if self.config.lora.rank else self.state.params
+            self.benchmarks.run_if_missing(params, self.step, tokens, self.writer)
+
+    def _whole_params(self) -> Any:
+        """Adapters merged into their base, on every device."""
+        merge = jax.jit(self.task.whole_params, out_shardings=NamedSharding(self.mesh, P()))
+        return merge(self.state.params, self._frozen_argument)
 
     def _evaluate(self) -> None:
         phase = self.schedule.phase_at_step(max(self.step - 1, 0))
@@ -493,5 +509,6 @@ class Trainer:
     def close(self) -> None:
         """Waits for checkpoints and closes files."""
         self.checkpointer.close()
+        self.benchmarks.close()
         if self.writer is not None:
             self.writer.close()

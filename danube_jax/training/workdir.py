@@ -36,6 +36,7 @@ FREE_KEYS = (
     "training.log_every",
     "training.max_skipped_steps",
     "evaluation",
+    "evals",
     "samples",
     "checkpoint",
 )

@@ -12,6 +12,7 @@ TOOLS = (
     "bench_train",
     "bench_convert",
     "bench_generate",
+    "bench_eval",
     "convert_from_hf",
     "convert_to_hf",
     "report",
@@ -34,6 +35,7 @@ def test_help_shows_an_example_and_the_flags(tool):
         ("train_tokenizer", ["--output=x.model", "nothing.txt"], "nothing.txt: no such file"),
         ("bench_data", ["--steps=many"], "--steps"),
         ("bench_train", ["--model=gpt"], "--model=gpt: expected one of 16m, tiny, danube"),
+        ("bench_eval", ["--model=nothing"], "nothing is no Hugging Face folder"),
         ("bench_train", ["--batch=0"], "--batch=0"),
     ],
 )
