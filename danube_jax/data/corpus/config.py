@@ -6,19 +6,17 @@ zero switches a single rule off. What is not named here is not done to the text.
 """
 
 import dataclasses
-import json
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from danube_jax import files
 from danube_jax.config import (
     BUILTIN_SOURCES,
     TokenizerConfig,
     build_dataclass,
     config_dict_of,
-    to_dict,
 )
 from danube_jax.errors import UserError
 
@@ -274,7 +272,7 @@ class CorpusConfig:
     max_document_bytes: int = 50_000_000  # a longer one is a bad record
     task_bytes: int = 64_000_000  # of input a task; files of a task are read by one worker
     steps: StepsConfig = StepsConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     heldout_fraction: float = 0.01  # of the documents, by hash
     seed: int = 0  # of the documents' order
     shard_tokens: int = 2**27
@@ -283,14 +281,6 @@ class CorpusConfig:
     executor: ExecutorConfig = ExecutorConfig()
     stages: tuple[StageConfig, ...] = ()
     plan: PlanConfig = PlanConfig()
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides what comes out."""
-        plain = to_dict(self)
-        for key in ("name", "output", "executor", "stages", "plan"):
-            del plain[key]
-        return files.sha256_json(plain)
 
 
 def corpus_config() -> ml_collections.ConfigDict:
@@ -418,13 +408,8 @@ def _validate_quality(quality: QualityStep) -> None:
         f"{len(quality.buckets) - 1} numbers for {len(quality.buckets)} buckets",
     )
     if given[0] == "thresholds":
-        falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+        falling = all(a > b for a, b in itertools.pairwise(values))
         _require(falling, f"{key}.thresholds", values, "falling numbers, the best bucket first")
     else:
         fine = all(v > 0 for v in values) and sum(values) < 1
         _require(fine, f"{key}.shares", values, "positive shares that sum to less than 1")
-
-
-def describe(corpus: CorpusConfig) -> str:
-    """The config as one line of JSON, for provenance."""
-    return json.dumps(to_dict(corpus), sort_keys=True)

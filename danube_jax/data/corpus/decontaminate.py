@@ -70,7 +70,8 @@ def _texts(path: Path, columns: tuple[str, ...]) -> Iterator[str]:
 
             rows: Any = pyarrow.parquet.read_table(path).to_pylist()
         else:
-            data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+            data = path.read_bytes()
+            data = gzip.decompress(data) if path.suffix == ".gz" else data
             if name.endswith(".txt"):
                 yield from data.decode().split("\n\n")
                 return

@@ -16,7 +16,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from danube_jax import files
 from danube_jax.data.corpus.config import RepeatedTextStep
-from danube_jax.data.corpus.rule import Rule
+from danube_jax.data.corpus.rule import NUMBER, Rule
 from danube_jax.data.corpus.tally import Tally
 
 BREAKS = {"line": "\n", "paragraph": re.compile(r"\n[ \t]*\n\s*")}
@@ -131,14 +131,13 @@ class RemoveRepeats(Rule):
             self._pieces: dict[int, set[int]] = {}
             for number, piece in saved["pieces"].tolist():
                 self._pieces.setdefault(number, set()).add(piece)
-        self._number = -1
         yield from super().run(data, rank, world_size)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        self._number += 1
-        if self._number in self._documents:
+        number = doc.metadata[NUMBER]
+        if number in self._documents:
             return False, "duplicate"
-        repeated = self._pieces.get(self._number)
+        repeated = self._pieces.get(number)
         if repeated:
             unit = self.pieces.unit
             pieces = pieces_of(doc.text, unit)

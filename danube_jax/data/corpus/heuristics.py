@@ -165,9 +165,9 @@ class C4(Rule):
     def _line(self, line: str, flags: dict[str, bool]) -> str | bool | None:
         """The line as it stays, None where it goes, False where the page goes."""
         step = self.step
-        if step.max_word_length and len(line) > step.max_word_length:
-            if any(len(word) > step.max_word_length for word in line.split()):
-                return None
+        limit = step.max_word_length
+        if 0 < limit < len(line) and any(len(word) > limit for word in line.split()):
+            return None
         few_words = step.min_words_per_line > 0 and (
             len(line.split(None, step.min_words_per_line - 1)) < step.min_words_per_line
         )

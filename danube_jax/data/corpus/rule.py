@@ -9,7 +9,8 @@ from datatrove.utils.typeshelper import StatHints
 
 from danube_jax.data.corpus.tally import Tally, utf8_size
 
-SOURCE = "source"  # key of a document's metadata
+SOURCE = "source"  # keys of a document's metadata
+NUMBER = "_number"  # its place in the file of the last stage; not written
 
 
 class Rule(BaseFilter):

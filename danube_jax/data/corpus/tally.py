@@ -137,7 +137,7 @@ def merge(tallies: Iterable[Mapping[str, Any]], max_samples: int) -> Tally:
     for one in tallies:
         for source, steps in one["steps"].items():
             for step, counts in steps.items():
-                _merge_step(out.step(source, step), counts)
+                add_counts(out.step(source, step), counts)
         for source, steps in one["samples"].items():
             for step, reasons in steps.items():
                 for reason, rows in reasons.items():
@@ -155,7 +155,8 @@ def merge(tallies: Iterable[Mapping[str, Any]], max_samples: int) -> Tally:
     return out
 
 
-def _merge_step(total: dict[str, Any], counts: Mapping[str, Any]) -> None:
+def add_counts(total: dict[str, Any], counts: Mapping[str, Any]) -> None:
+    """Adds one step's counts to another's, in place."""
     for key in ("documents_in", "bytes_in", "documents_out", "bytes_out", "seconds"):
         total[key] += counts[key]
     for reason, (documents, size) in counts["removed"].items():
