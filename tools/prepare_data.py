@@ -9,7 +9,6 @@ A stopped preparation goes on when the same command is given again; a finished o
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 

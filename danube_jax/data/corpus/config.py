@@ -69,7 +69,7 @@ class LanguageStep:
     languages: tuple[str, ...] = ("en",)
     min_score: float = 0.65
     model: str = ""  # a fastText file; '': the model inside py3langid
-    sample_characters: int = 4_000  # from the beginning and the middle of a document
+    sample_characters: int = 2_000  # from the beginning and the middle of a document
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,9 @@ class GopherRepetition(Rule):
         if covered_characters(found, rules[0][0]) <= min(rule[1] for rule in rules) * length:
             return True
         for n, limit in rules:
-            if exceeds(duplicate_characters(found, n), length, limit):
+            if exceeds(covered_characters(found, n), length, limit) and exceeds(
+                duplicate_characters(found, n), length, limit
+            ):
                 return False, f"duplicate_{n}_gram"
         return True
 

@@ -203,8 +203,8 @@ def _histogram(
             bar = count / top * (height - 6)
             out.append(
                 f"<rect x={MARGIN + i * step:.1f} y={height - bar:.1f} width="
-                f"{max(1, step - 1):.1f} height={bar:.1f} fill={colour} fill-opacity=.85><title>{escape(labels[i])}: "
-                f"{count:,}</title></rect>"
+                f"{max(1, step - 1):.1f} height={bar:.1f} fill={colour} "
+                f"fill-opacity=.85><title>{escape(labels[i])}: {count:,}</title></rect>"
             )
     every = max(1, len(labels) // 10)
     for i in range(0, len(labels), every):

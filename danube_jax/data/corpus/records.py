@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import posixpath
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +51,7 @@ class Record:
 class Heartbeat:
     """Says in a file how far a task is; the command that started it adds these up."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self._path = path
         self._due = 0.0
         self.input_bytes = self.documents = self.text_bytes = 0
@@ -60,7 +59,7 @@ class Heartbeat:
     def beat(self, force: bool = False) -> None:
         """Writes the counts, now and then."""
         now = time.monotonic()
-        if force or now >= self._due:
+        if self._path is not None and (force or now >= self._due):
             self._due = now + HEARTBEAT_SECONDS
             row = [int(self.input_bytes), self.documents, self.text_bytes]
             temporary = self._path.with_name(f".{self._path.name}")
@@ -78,7 +77,7 @@ class RecordReader(BaseReader):
         corpus: CorpusConfig,
         tasks: tuple[tuple[InputPart, ...], ...],
         tally: Tally,
-        progress: Path,
+        progress: Path | None,
     ):
         super().__init__()
         self.corpus, self.tasks, self.tally, self.progress = corpus, tasks, tally, progress
@@ -89,8 +88,9 @@ class RecordReader(BaseReader):
         Raises:
           UserError: a record cannot be read, and bad ones are not to be skipped.
         """
-        self.progress.mkdir(parents=True, exist_ok=True)
-        heartbeat = Heartbeat(self.progress / f"{rank:05d}.json")
+        if self.progress is not None:
+            self.progress.mkdir(parents=True, exist_ok=True)
+        heartbeat = Heartbeat(self.progress and self.progress / f"{rank:05d}.json")
         heartbeat.beat(force=True)
         for part in self.tasks[rank]:
             source = self.corpus.sources[part.source]
@@ -416,8 +416,3 @@ def write_bad_records(path: Path, rows: list[list[str]]) -> None:
     """Lists the records that were skipped, a JSON line each."""
     lines = (orjson.dumps({"where": where, "reason": reason}) for where, reason in rows)
     files.write_bytes(path, b"".join(line + b"\n" for line in lines))
-
-
-def base_name(path: str) -> str:
-    """The last part of a path or address."""
-    return posixpath.basename(path.rstrip("/"))

@@ -3,7 +3,8 @@
 Runs of letters, digits and marks are words, and so are web addresses; a point, comma or colon
 inside a number, a point inside an abbreviation and an opening bracket inside a word belong to it;
 an apostrophe begins a word (don't: don, 't), as English tokenizers split it. Every other visible
-character is a word of its own, but runs of one of `RUNS` are one. Words are known by position, length and a 64-bit hash.
+character is a word of its own, but runs of one of `RUNS` are one. Words
+are known by position, length and a 64-bit hash.
 
 Shape suffixes: C: characters of the text, W: words, N: n-grams.
 """
