@@ -50,15 +50,15 @@ def get_config():
             tokens=1_500_000,
             context_length=256,
             mixture={
-                **{"manuals.low": 0.25, "manuals.medium": 0.25, "manuals.high": 0.2},
-                **{"books.high": 0.25, "proposals.high": 0.05},
+                **{"manuals_low": 0.25, "manuals_medium": 0.25, "manuals_high": 0.2},
+                **{"books_high": 0.25, "proposals_high": 0.05},
             },
         ),
         stage(
             name="good",
             tokens=500_000,
             context_length=512,
-            mixture={"manuals.high": 0.5, "books.high": 0.4, "proposals.high": 0.1},
+            mixture={"manuals_high": 0.5, "books_high": 0.4, "proposals_high": 0.1},
         ),
     )
     return config

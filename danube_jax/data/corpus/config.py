@@ -343,6 +343,14 @@ def _validate(corpus: CorpusConfig) -> None:
     if corpus.executor.kind == "slurm":
         _require(bool(corpus.executor.partition), "executor.partition", "", "a Slurm partition")
     _validate_steps(corpus.steps)
+    buckets = corpus.steps.quality.buckets or ("",)
+    names = [f"{source}_{bucket}" for source in corpus.sources for bucket in buckets]
+    _require(
+        len(set(names)) == len(names),
+        "steps.quality.buckets",
+        buckets,
+        "names that give every store one of its own",
+    )
     for i, row in enumerate(corpus.stages):
         key = f"stages[{i}]"
         _require(bool(row.name), f"{key}.name", row.name, "a name")

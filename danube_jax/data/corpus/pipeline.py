@@ -13,6 +13,7 @@ import fcntl
 import importlib.metadata
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ STATISTICS = "statistics.json"
 BAD_RECORDS = "bad_records.jsonl"
 TOKENIZER = "tokenizer.model"
 PLAN_VERSION = 1
+STAGES = ("clean", "repeats", "select", "tokenise")  # those that count
 
 
 def prepare(corpus: CorpusConfig) -> Statistics:
     """Prepares a corpus, goes on with one that was stopped, or finds it done.
 
-    Writes into `corpus.output`: `stores/SOURCE[.BUCKET]/{train,heldout}`, `documents/`,
+    Writes into `corpus.output`: `stores/SOURCE[_BUCKET]/{train,heldout}`, `documents/`,
     `statistics.json`, `bad_records.jsonl`, and `tokenizer.model` where one is trained.
 
     Raises:
@@ -156,21 +158,23 @@ class _Preparation:
             )
         if steps.minhash.enabled and not steps.repeated_text.enabled:
             pipeline.append(self._signatures("clean", tally))
-        self._run_documents("clean", pipeline, tally)
+        self._run_documents("clean", pipeline, tally, removed=removed)
 
     def _signatures(self, stage: str, tally: Tally) -> minhash.MinHashSignatures:
         return minhash.MinHashSignatures(
             self._folder(stage, "signatures"), self.steps.minhash, tally
         )
 
-    def _run_documents(self, stage: str, pipeline: list, tally: Tally, final: bool = False) -> None:
+    def _run_documents(
+        self, stage: str, pipeline: list, tally: Tally, *, final: bool = False, removed: Any = None
+    ) -> None:
         """Runs a stage that ends in documents."""
         size = sum(part.size for task in self.tasks for part in task)
         if stage != "clean":
             size = self._sizes(pipeline[0].folder)
         pipeline += [
             document_writer(self._folder(stage, "documents")),
-            SaveTally(tally, self._folder(stage, "tally"), final),
+            SaveTally(tally, self._folder(stage, "tally"), final, removed),
         ]
         self.runner.run(stage, pipeline, len(self.tasks), size)
 
@@ -191,33 +195,46 @@ class _Preparation:
         if not steps.repeated_text.enabled:
             return documents, "clean"
         tally = Tally(self.corpus.samples)
+        removed = self._removed("repeats")
         pipeline = [
             StageReader(documents, self._folder("repeats", "progress")),
-            self._remove_repeats(tally, "repeats"),
+            self._remove_repeats(tally, removed),
         ]
         if steps.minhash.enabled:
             pipeline.append(self._signatures("repeats", tally))
-        self._run_documents("repeats", pipeline, tally)
+        self._run_documents("repeats", pipeline, tally, removed=removed)
         return self._folder("repeats", "documents"), "repeats"
 
-    def _remove_repeats(self, tally: Tally, stage: str) -> dedup.RemoveRepeats:
+    def _remove_repeats(self, tally: Tally, removed: Any) -> dedup.RemoveRepeats:
         places = self._folder("find_repeats", "places")
         return dedup.RemoveRepeats(
-            places, self.steps.repeated_text, tally, exclusion_writer=self._removed(stage)
+            places, self.steps.repeated_text, tally, exclusion_writer=removed
         )
 
     def _select(self, documents: Path, signed: str) -> None:
         steps, tally, removed = self.steps, Tally(self.corpus.samples), self._removed("select")
         pipeline: list = [StageReader(documents, self._folder("select", "progress"))]
         if steps.exact.enabled and signed == "clean":
-            pipeline.append(self._remove_repeats(tally, "select"))
+            pipeline.append(self._remove_repeats(tally, removed))
         if steps.minhash.enabled:
             near = self._near_duplicates(signed)
             pipeline.append(minhash.RemoveNearDuplicates(near, tally, exclusion_writer=removed))
         if steps.quality.enabled:
             scores = self._folder("select", "scores")
             pipeline.append(quality.Score(steps.quality, scores, tally, removed))
-        self._run_documents("select", pipeline, tally, final=True)
+        self._run_documents("select", pipeline, tally, final=True, removed=removed)
+        if not self._sizes(self._folder("select", "documents")):
+            rows = [row for stage in STAGES for row in load_all(self._folder(stage, "tally"))]
+            reasons = Counter()
+            for steps_of in merge(rows, 0).steps.values():
+                for step, counts in steps_of.items():
+                    for reason, (number, _) in counts["removed"].items():
+                        reasons[f"{step}: {reason}"] += number
+            most = ", ".join(f"{reason} {number:,}" for reason, number in reasons.most_common(3))
+            raise UserError(
+                f"{self.output}: no document is left after the steps ({most}); loosen their "
+                "thresholds in config.steps"
+            )
 
     def _near_duplicates(self, signed: str) -> Path:
         """Finds near duplicates; returns the folder that says which documents go."""
@@ -267,18 +284,9 @@ class _Preparation:
         self.runner.run("stores", [write], len(write.targets))
 
     def _finish(self, tokenizer: TokenizerConfig) -> Statistics:
-        rows = [
-            row
-            for stage in ("clean", "repeats", "select", "tokenise")
-            for row in load_all(self._folder(stage, "tally"))
-        ]
+        rows = [row for stage in STAGES for row in load_all(self._folder(stage, "tally"))]
         tally = merge(rows, self.corpus.samples)
         stores = finished_stores(self.corpus, self.output / "stores")
-        if not stores:
-            raise UserError(
-                f"{self.output}: no document is left after the steps; the counts are in "
-                f"{self._folder('clean', 'tally')}: loosen the thresholds"
-            )
         bounds = quality.bucket_bounds(self.steps.quality, self._folder("select", "scores"))
         statistics = collect(self.corpus, tally, stores, tokenizer, bounds)
         write_bad_records(self.output / BAD_RECORDS, tally.bad_records)

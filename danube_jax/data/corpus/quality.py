@@ -139,8 +139,6 @@ class Score(PipelineStep):
                 if self.exclusion_writer:
                     document.metadata["filter_reason"] = "quality: low score"
                     self.exclusion_writer.write(document, rank)
-        if self.exclusion_writer:
-            self.exclusion_writer.close()
         data = np.array(kept_scores, np.float32).tobytes()
         files.write_bytes(self.folder / f"{rank:05d}.f32", data)
 

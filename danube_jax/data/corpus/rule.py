@@ -48,8 +48,6 @@ class Rule(BaseFilter):
             if self.exclusion_writer:
                 document.metadata["filter_reason"] = f"{self.key}: {reason}"
                 self.exclusion_writer.write(document, rank)
-        if self.exclusion_writer:
-            self.exclusion_writer.close()
 
     def count(
         self, document: Document, before: str, kept: bool, reason: str, seconds: float

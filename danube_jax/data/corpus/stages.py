@@ -61,13 +61,20 @@ class SaveTally(PipelineStep):
       tally: what the other blocks of the stage count in.
       folder: a file a task.
       final: count also the lengths, scores and samples of the documents that pass here.
+      removed: the writer that the stage's rules share, closed here.
     """
 
     type, name = "📊 - STATS", "tally"
 
-    def __init__(self, tally: Tally, folder: Path, final: bool = False):
+    def __init__(
+        self,
+        tally: Tally,
+        folder: Path,
+        final: bool = False,
+        removed: JsonlWriter | None = None,
+    ):
         super().__init__()
-        self.tally, self.folder, self.final = tally, Path(folder), final
+        self.tally, self.folder, self.final, self.removed = tally, Path(folder), final, removed
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in data or ():
@@ -76,4 +83,6 @@ class SaveTally(PipelineStep):
                 self.tally.length(source, "bytes_kept", utf8_size(document.text))
                 self.tally.sample(source, "kept", "kept", document.id, document.text)
             yield document
+        if self.removed is not None:
+            self.removed.close()
         self.tally.save(self.folder / f"{rank:05d}.json")

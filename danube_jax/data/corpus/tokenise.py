@@ -44,7 +44,7 @@ def store_names(corpus: CorpusConfig) -> list[str]:
     buckets = corpus.steps.quality.buckets if corpus.steps.quality.enabled else ()
     if not buckets:
         return list(corpus.sources)
-    return [f"{source}.{bucket}" for source in corpus.sources for bucket in buckets]
+    return [f"{source}_{bucket}" for source in corpus.sources for bucket in buckets]
 
 
 class Tokenise(PipelineStep):
@@ -74,7 +74,7 @@ class Tokenise(PipelineStep):
                 source, size = document.metadata[SOURCE], utf8_size(document.text)
                 store = source
                 if quality.enabled and quality.buckets:
-                    store += "." + bucket_of(quality, bounds, document.metadata[SCORE])
+                    store += "_" + bucket_of(quality, bounds, document.metadata[SCORE])
                 part, order = placed(corpus.seed, document.text, corpus.heldout_fraction)
                 if (store, part) not in writers:
                     path = self.folder / store / part / f"{rank:05d}"
