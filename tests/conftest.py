@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 # The many short runs of the tests compile the same few programs; sharing them halves the time.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="danube_jax_cache_"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers share that of their parent
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="danube_jax_cache_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 CONFIG = """
 from danube_jax.config import base_config, phase, source
