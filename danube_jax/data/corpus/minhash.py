@@ -81,9 +81,9 @@ class MinHashSignatures(PipelineStep):
         hasher = MinHasher(self.step)
         signatures, numbers = [], []
         for number, document in enumerate(data):
-            begin = time.perf_counter()
+            begin = time.process_time()
             signature = hasher.signature(document.text)
-            seconds, size = time.perf_counter() - begin, utf8_size(document.text)
+            seconds, size = time.process_time() - begin, utf8_size(document.text)
             source = document.metadata[SOURCE]
             self.tally.add(source, "minhash_signatures", size, size, seconds, "")
             if signature is not None:

@@ -113,9 +113,9 @@ class Score(PipelineStep):
         scorer = load_scorer(self.step)
         kept_scores = []
         for batch in batched(data, self.step.batch_size):
-            begin = time.perf_counter()
+            begin = time.process_time()
             scores = scorer.score([document.text for document in batch])
-            seconds = (time.perf_counter() - begin) / len(batch)
+            seconds = (time.process_time() - begin) / len(batch)
             for document, value in zip(batch, scores, strict=True):
                 score = round(float(value), 4)
                 source, size = document.metadata[SOURCE], utf8_size(document.text)

@@ -96,7 +96,7 @@ class RecordReader(BaseReader):
             source = self.corpus.sources[part.source]
             done = heartbeat.input_bytes
             place = part.path if not source.builtin else source.builtin
-            begin = time.perf_counter()
+            begin = time.process_time()
             for record, share in self._records(part, source):
                 heartbeat.input_bytes = done + part.size * min(1.0, share)
                 size = utf8_size(record.text)
@@ -107,11 +107,11 @@ class RecordReader(BaseReader):
                 metadata = {SOURCE: part.source} | ({"url": record.url} if record.url else {})
                 document = Document(text=record.text, id=name, metadata=metadata)
                 self.stat_update("documents")
-                seconds = time.perf_counter() - begin
+                seconds = time.process_time() - begin
                 self.tally.add(part.source, STEP, size, size, seconds, "")
                 self.tally.length(part.source, "bytes_read", size)
                 yield document
-                begin = time.perf_counter()
+                begin = time.process_time()
             heartbeat.input_bytes = done + part.size
         heartbeat.beat(force=True)
 

@@ -35,9 +35,9 @@ class Rule(BaseFilter):
         """Filters a stream of documents."""
         for document in data:
             before = document.text
-            begin = time.perf_counter()
+            begin = time.process_time()
             kept, reason = get_filter_result(self.filter(document))
-            seconds = time.perf_counter() - begin
+            seconds = time.process_time() - begin
             self.stat_update(StatHints.total)
             self.count(document, before, bool(kept), reason or "removed", seconds)
             if kept:

@@ -65,12 +65,12 @@ class Tokenise(PipelineStep):
         bounds = bucket_bounds(quality, self.scores) if quality.enabled else ()
         writers: dict[tuple[str, str], _PieceWriter] = {}
         for batch in batched(data, BATCH_DOCUMENTS):
-            begin = time.perf_counter()
+            begin = time.process_time()
             texts = [document.text for document in batch]
             encoded = tokenizer.encode_batch(texts, bos=True, eos=True, threads=1)
-            seconds = (time.perf_counter() - begin) / len(batch)
+            seconds = (time.process_time() - begin) / len(batch)
             for document, ids in zip(batch, encoded, strict=True):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 source, size = document.metadata[SOURCE], utf8_size(document.text)
                 store = source
                 if quality.enabled and quality.buckets:
@@ -80,7 +80,7 @@ class Tokenise(PipelineStep):
                     path = self.folder / store / part / f"{rank:05d}"
                     writers[store, part] = _PieceWriter(path, tokenizer)
                 writers[store, part].add(ids, order, size)
-                spent = seconds + time.perf_counter() - begin
+                spent = seconds + time.process_time() - begin
                 self.tally.add(source, "tokenise", size, size, spent, "")
                 self.tally.length(source, "tokens", len(ids))
                 yield document
