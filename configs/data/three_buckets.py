@@ -21,6 +21,7 @@ def get_config():
         "manuals": text_source(path="text/manuals/*.jsonl.gz", id_column="id"),
     }
     config.tokenizer.builtin = "mistral"
+    config.heldout_fraction = 0.03
     config.task_bytes = 8_000_000
     config.max_document_bytes = 20_000_000
 
@@ -41,7 +42,7 @@ def get_config():
     steps.quality.enabled = True
     steps.quality.model = "quality.json"
     steps.quality.buckets = ("high", "medium", "low")
-    steps.quality.thresholds = (0.7, 0.3)
+    steps.quality.shares = (0.25, 0.5)  # of the documents; the rest is low
 
     config.plan.batch_tokens = BATCH_TOKENS
     config.stages = (

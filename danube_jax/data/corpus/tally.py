@@ -35,8 +35,9 @@ class Tally:
     """Counts by source and step.
 
     Attributes:
-      steps: source → step → {"documents_in", "bytes_in", "documents_out", "bytes_out", "seconds" (processor time),
-        "removed": reason → [documents, bytes], "edited": what → number}.
+      steps: source → step → {"documents_in", "bytes_in", "documents_out", "bytes_out",
+        "seconds" of the processor, "removed": reason → [documents, bytes], "edited": what →
+        number}.
       samples: source → step → reason (or "kept") → [[rank, id, excerpt], ...], the lowest ranks.
       histograms: source → name → bin → documents.
       bad_records: places and reasons of records that were skipped, the first thousand a task.
