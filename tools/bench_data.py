@@ -172,8 +172,8 @@ def show(result: dict[str, object]) -> None:
 def measure_preparation(folder: Path) -> dict[str, object]:
     """Prepares text with one worker and all default steps; MB/s of every step and of the whole.
 
-    Rates are over processor time, and over the bytes that reach a step. The whole road's time a megabyte is the sum of
-    the steps' times, each for every byte, as if no step removed anything.
+    Rates are over processor time, and over the bytes that reach a step. The whole road's time a
+    megabyte is the sum of the steps' times, each for every byte, as if no step removed anything.
     """
     from danube_jax.data.corpus.config import corpus_config, parse_corpus_config, text_source
     from danube_jax.data.corpus.pipeline import prepare

@@ -1,5 +1,7 @@
 """Runs a stage's tasks on datatrove's executors, with progress."""
 
+import contextlib
+import io
 import json
 import os
 import threading
@@ -25,7 +27,9 @@ class _Local(LocalPipelineExecutor):
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
         try:
-            return super()._run_for_rank(rank, max(1, local_rank), node_rank)
+            # Its log also goes to what is stderr when a task begins.
+            with contextlib.redirect_stderr(io.StringIO()):
+                return super()._run_for_rank(rank, local_rank, node_rank)
         finally:
             logger.remove()  # datatrove puts its default back
 
