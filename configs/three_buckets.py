@@ -32,8 +32,8 @@ def get_config(phases: str = "phases.py"):
     config.optimizer.learning_rate = 8e-3
     config.optimizer.final_learning_rate = 4e-4
     config.optimizer.warmup_tokens = 10 * batch
-    config.training.log_every = 10
-    config.evaluation.every_steps = 60
-    config.evaluation.tokens_per_source = 10_000
+    config.training.log_every = 8
+    config.evaluation.every_steps = 24
+    config.evaluation.tokens_per_source = 5_000
     config.checkpoint.every_steps = 100
     return config

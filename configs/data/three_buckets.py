@@ -48,7 +48,7 @@ def get_config():
     config.stages = (
         stage(
             name="broad",
-            tokens=1_500_000,
+            tokens=400_000,
             context_length=256,
             mixture={
                 **{"manuals_low": 0.25, "manuals_medium": 0.25, "manuals_high": 0.2},
@@ -57,7 +57,7 @@ def get_config():
         ),
         stage(
             name="good",
-            tokens=500_000,
+            tokens=130_000,
             context_length=512,
             mixture={"manuals_high": 0.5, "books_high": 0.4, "proposals_high": 0.1},
         ),

@@ -117,7 +117,7 @@ def test_tokenizer_sample_follows_the_mix_and_compresses(tmp_path):
         tokenizer_mix.sample_mix(corpus, {"c": 1.0}, 1)
 
 
-@pytest.mark.parametrize("name", ["example", "danube2", "three_buckets"])
+@pytest.mark.parametrize("name", ["example", "danube2", "three_buckets", "demo"])
 def test_configs_are_valid(name):
     import importlib.util
 

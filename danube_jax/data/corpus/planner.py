@@ -6,6 +6,7 @@ proportion to their weights, until every cap holds.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 
 from danube_jax.config import whole_steps
@@ -150,20 +151,29 @@ def as_python(plan: StagePlan, stores: Mapping[str, Mapping[str, str]], caps: Pl
     out.append("    config.data.sources = {")
     for name in used:
         parts = stores[name]
-        heldout = f", heldout_path={parts['heldout']!r}" if "heldout" in parts else ""
         cap = max(cap_of(caps, name), plan.total_epochs()[name] * 1.01)
-        out.append(
-            f"        {name!r}: source(path={parts['train']!r}{heldout}, max_epochs={cap:.2f}),"
-        )
+        out.append(f"        {_quoted(name)}: source(")
+        out.append(f"            path={_quoted(parts['train'])},")
+        if "heldout" in parts:
+            out.append(f"            heldout_path={_quoted(parts['heldout'])},")
+        out += [f"            max_epochs={cap:.2f},", "        ),"]
     out += ["    }", "    config.phases = ("]
     for stage in plan.stages:
-        mixture = ", ".join(f"{name!r}: {share:.6f}" for name, share in stage.mixture.items())
         out += [
             "        phase(",
-            f"            name={stage.name!r},",
+            f"            name={_quoted(stage.name)},",
             f"            tokens={stage.tokens:_},",
             f"            context_length={stage.context_length:_},",
-            f"            mixture={{{mixture}}},",
+            "            mixture={",
+            *(
+                f"                {_quoted(name)}: {share:.6f},"
+                for name, share in stage.mixture.items()
+            ),
+            "            },",
             "        ),",
         ]
     return "\n".join([*out, "    )", "    return config", ""])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
