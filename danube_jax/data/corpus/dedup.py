@@ -6,6 +6,7 @@ source, file and place, so the result depends on nothing else.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,22 +77,26 @@ class FindRepeats(PipelineStep):
         # Documents that go need not stand in the way of their pieces elsewhere.
         ranks, rows = self._load("documents", DOCUMENT)
         gone = _repeats((rows["high"], rows["low"]), (ranks, rows["doc"]))
-        removed = [rows["doc"][gone & (ranks == task)] for task in range(self.tasks)]
+        removed = [rows["doc"][mine][gone[mine]] for mine in self._tasks(ranks)]
         ranks, rows = self._load("pieces", PIECE)
         alive = np.ones(len(rows), bool)
-        for task, documents in enumerate(removed):
-            mine = ranks == task
+        for mine, documents in zip(self._tasks(ranks), removed, strict=True):
             alive[mine] = ~np.isin(rows["doc"][mine], documents)
         ranks, rows = ranks[alive], rows[alive]
         gone = _repeats((rows["hash"],), (ranks, rows["doc"], rows["piece"]))
-        for task in range(self.tasks):
-            mine = gone & (ranks == task)
+        for task, mine in enumerate(self._tasks(ranks)):
+            pieces = rows[mine][gone[mine]]
             with files.atomic_writer(self.output / f"{task:05d}.npz") as file:
                 np.savez(
                     file,
                     documents=np.sort(removed[task]),
-                    pieces=np.stack([rows["doc"][mine], rows["piece"][mine]], axis=1),
+                    pieces=np.stack([pieces["doc"], pieces["piece"]], axis=1),
                 )
+
+    def _tasks(self, ranks: np.ndarray) -> list[slice]:
+        """Where the rows of each task lie; ranks rise."""
+        bounds = np.searchsorted(ranks, np.arange(self.tasks + 1))
+        return [slice(a, b) for a, b in itertools.pairwise(bounds.tolist())]
 
     def _load(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         parts = [

@@ -3,6 +3,7 @@
 Shape suffixes: N: shingles of a document, H: hash functions (buckets × hashes a bucket).
 """
 
+import itertools
 import struct
 import time
 from collections.abc import Iterator
@@ -132,10 +133,10 @@ class Cluster(PipelineStep):
         gone = nodes[_not_first(len(nodes), *np.split(index, 2))] if len(nodes) else nodes
         tasks = (gone >> np.uint64(32)).astype(int)
         documents = (gone & np.uint64(2**32 - 1)).astype(np.uint32)
-        for task in range(len(self.sources)):
-            files.write_bytes(
-                self.output / f"{task:06d}.remove", documents[tasks == task].astype("<u4").tobytes()
-            )
+        bounds = np.searchsorted(tasks, np.arange(len(self.sources) + 1)).tolist()
+        for task, (first_row, end) in enumerate(itertools.pairwise(bounds)):
+            rows = documents[first_row:end].astype("<u4")
+            files.write_bytes(self.output / f"{task:06d}.remove", rows.tobytes())
 
 
 def _not_first(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
