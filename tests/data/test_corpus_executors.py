@@ -12,10 +12,10 @@ from danube_jax.data.corpus.executors import Runner
 from danube_jax.data.corpus.pipeline import prepare
 from danube_jax.errors import UserError
 
-# A scheduler that keeps the job's script, its last argument.
+# A scheduler that keeps the first job's script, its last argument; the second adds up statistics.
 SBATCH = """#!/bin/sh
 for script; do :; done
-cp "$script" "{folder}/job.sh"
+[ -e "{folder}/job.sh" ] || cp "$script" "{folder}/job.sh"
 echo "Submitted batch job 1"
 """
 
