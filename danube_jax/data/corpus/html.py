@@ -133,14 +133,15 @@ def _funnel(statistics: Statistics) -> str:
     out = [f"<svg width=860 height={height} role=img aria-label='bytes by step'>"]
     for i, (step, counts) in enumerate(steps):
         y, full = i * ROW + 2, counts["bytes_in"] / total * BAR
-        gone = (counts["bytes_in"] - counts["bytes_out"]) / total * BAR
+        size = counts["bytes_in"] - counts["bytes_out"]
+        gone = size / total * BAR
+        label = _mb(counts["bytes_in"]) + (f", {_mb(size)} go" if size >= 5_000 else "")
         out.append(
             f"<text x=190 y={y + 14} text-anchor=end font-size=13>{STEP_NAMES[step]}</text>"
             f"<rect x=200 y={y} width={full:.1f} height={ROW - 5} fill=#2b6c8f />"
             f"<rect x={200 + full - gone:.1f} y={y} width={max(0, gone):.1f} height={ROW - 5} "
             "fill=#c0563b />"
-            f"<text x={208 + full:.1f} y={y + 14} font-size=12>{_mb(counts['bytes_in'])}"
-            f"{f', {gone / BAR * total / 1e6:,.2f} MB go' if gone > 0 else ''}</text>"
+            f"<text x={208 + full:.1f} y={y + 14} font-size=12>{label}</text>"
         )
     return "".join(out) + "</svg>"
 
