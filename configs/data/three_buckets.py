@@ -23,7 +23,6 @@ def get_config():
     config.tokenizer.builtin = "mistral"
     config.heldout_fraction = 0.03
     config.task_bytes = 8_000_000
-    config.max_document_bytes = 20_000_000
 
     steps = config.steps
     steps.repeated_text.enabled = True

@@ -152,6 +152,17 @@ def test_changed_input_is_refused(tmp_path):
         prepare(make(tmp_path / "out", {"a": path}))
 
 
+def test_a_mended_file_can_be_read_after_a_first_try(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
+    good = path.read_bytes()
+    path.write_bytes(good + b"{broken")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 21: is not JSON"):
+        prepare(make(tmp_path / "out", {"a": path}))
+    path.write_bytes(good)
+    statistics = prepare(make(tmp_path / "out", {"a": path}))
+    assert dict(statistics.steps())["read"]["documents_in"] == 20
+
+
 def test_repeated_paragraphs_go_but_their_first_stays(tmp_path):
     line = "A line of a notice that stands under every page of this site, and says the same."
     texts = [f"{text[:900]}\n\n{line}\n\n{text[900:1800]}" for text in TEXTS if len(text) > 1800]

@@ -269,7 +269,7 @@ class CorpusConfig:
     output: str = ""  # folder, on a file system that all workers share
     sources: Mapping[str, TextSource] = dataclasses.field(default_factory=dict)
     on_bad_record: str = "stop"
-    max_document_bytes: int = 50_000_000  # a longer one is a bad record
+    max_document_bytes: int = 20_000_000  # a longer one is a bad record
     task_bytes: int = 64_000_000  # of input a task; files of a task are read by one worker
     steps: StepsConfig = StepsConfig()
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)

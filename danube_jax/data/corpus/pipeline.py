@@ -107,12 +107,18 @@ class _Preparation:
             changed = _changes(before, self.plan)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: cannot be read ({error!r}); delete {self.output}") from None
+        statistics = self.output / STATISTICS
+        begun = statistics.is_file() or any(self.work.glob("*/completions/*"))
+        if changed and not begun:
+            # Nothing was done yet: a first try, stopped by a mistake that is now mended.
+            shutil.rmtree(self.work, ignore_errors=True)
+            files.write_json(path, self.plan)
+            return None
         if changed:
             raise UserError(
                 f"{self.output}: was prepared with another {changed}; delete it, or set "
                 "config.output to another folder"
             )
-        statistics = self.output / STATISTICS
         if not statistics.is_file():
             return None
         info(f"data: already prepared in {self.output}")
