@@ -5,8 +5,9 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -86,13 +87,22 @@ def read_config(holder: flags.FlagHolder) -> RunConfig:
     Raises:
       UserError: the file is missing or broken, or what it says is not possible.
     """
+    return parse_config(config_dict(holder))
+
+
+def config_dict(holder: flags.FlagHolder) -> Mapping[str, Any]:
+    """What the file of a `--config` flag returned.
+
+    Raises:
+      UserError: the file is missing or broken.
+    """
     config = holder.value
     if not isinstance(config, ml_collections.ConfigDict):
         try:  # ml_collections keeps a file's error until the config is used
             config = config.to_dict()
         except Exception as error:  # whatever the file raised
             raise UserError(_one_line(error)) from error
-    return parse_config(config)
+    return config
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:

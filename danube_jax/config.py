@@ -425,3 +425,17 @@ def _build_dataclass(cls: type, value: Any, name: str) -> Any:
 
 def _wrong_type(name: str, expected: str, value: Any) -> UserError:
     return UserError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+
+
+def build_dataclass(cls: type, value: Any, name: str) -> Any:
+    """`value`, a mapping, as an instance of the dataclass `cls`; `name` begins the keys' names.
+
+    Raises:
+      UserError: unknown key or wrong type; names the key in full.
+    """
+    return _build(cls, value.to_dict() if hasattr(value, "to_dict") else value, name)
+
+
+def config_dict_of(node: Any, **values: Any) -> ml_collections.ConfigDict:
+    """A dataclass as a locked ConfigDict with all its defaults, some replaced by `values`."""
+    return _row(node, values)

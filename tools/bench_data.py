@@ -1,8 +1,9 @@
-"""Measures the loader from token stores on disk to batches in memory.
+"""Measures the loader from token stores on disk to batches in memory, or a preparation by step.
 
 Example:
   python tools/bench_data.py
   python tools/bench_data.py --store=DIR --context=16384 --workers=2 --json=data.json
+  python tools/bench_data.py --prepare --text='books/*.jsonl.gz'
 """
 
 import json
@@ -38,6 +39,13 @@ _STORE_TOKENS = flags.DEFINE_integer("store_tokens", 200_000_000, "Tokens a synt
 _MASK = flags.DEFINE_bool("mask_documents", False, "Also make segment ids.")
 _COLD = flags.DEFINE_bool("cold", False, "Drop the stores from the page cache before a repeat.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+_PREPARE = flags.DEFINE_bool("prepare", False, "Measure tools/prepare_data.py's road instead.")
+_TEXT = flags.DEFINE_string(
+    "text", None, "With --prepare: JSONL, parquet or text; default: Python's docstrings."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "With --prepare: a tokenizer; default: Mistral's, of mistral-common."
+)
 
 WARMUP_STEPS = 4
 DOCUMENT_TOKENS = 800  # mean length of a synthetic document
@@ -161,9 +169,88 @@ def show(result: dict[str, object]) -> None:
     Console(width=110).print(table)
 
 
+def measure_preparation(folder: Path) -> dict[str, object]:
+    """Prepares text with one worker and all default steps; MB/s of every step and of the whole.
+
+    Rates are over processor time, and over the bytes that reach a step. The whole road's time a
+    megabyte is the sum of the steps' times, each for every byte, as if no step removed anything.
+    """
+    from danube_jax.data.corpus.config import corpus_config, parse_corpus_config, text_source
+    from danube_jax.data.corpus.pipeline import prepare
+    from danube_jax.data.corpus.tokenizer_sample import read_documents
+    from danube_jax.data.tokenizer import load_tokenizer
+
+    wanted = corpus_config()
+    wanted.output = str(folder / "corpus")
+    chosen = {"path": _TEXT.value} if _TEXT.value else {"builtin": "docstrings"}
+    wanted.sources = {"text": text_source(**chosen)}
+    if _TOKENIZER.value:
+        wanted.tokenizer.path = _TOKENIZER.value
+    else:
+        wanted.tokenizer.builtin = "mistral"
+    wanted.executor.workers = 1
+    # Words of code would end many documents early; what is measured is the work on kept text.
+    wanted.steps.gopher_quality.min_alphabetic_words = 0.0
+    corpus = parse_corpus_config(wanted)
+    begin = time.perf_counter()
+    statistics = prepare(corpus)
+    wall = time.perf_counter() - begin
+    steps, seconds = {}, 0.0
+    for name, counts in statistics.steps():
+        if counts["bytes_in"] and counts["seconds"]:
+            rate = counts["bytes_in"] / counts["seconds"] / 1e6
+            rows = counts["documents_in"] / counts["seconds"]
+            steps[name] = {"mb_per_second": rate, "documents_per_second": rows}
+            seconds += 1 / rate
+    texts = [row["text"] for row in read_documents(folder / "corpus" / "documents")]
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    size, library = sum(len(text.encode()) for text in texts), time.process_time()
+    for i in range(0, len(texts), 64):
+        tokenizer.encode_batch(texts[i : i + 64], bos=True, eos=True, threads=1)
+    library = size / (time.process_time() - library) / 1e6
+    read = dict(statistics.steps())["read"]
+    return {
+        "steps": steps,
+        "whole_road_mb_per_second": 1 / seconds,
+        "wall_mb_per_second": read["bytes_in"] / wall / 1e6,
+        "tokenizer_library_mb_per_second": library,
+        "text_mb": read["bytes_in"] / 1e6,
+        "documents": read["documents_in"],
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {
+            name: metadata.version(name) for name in ("datatrove", "numpy", "sentencepiece")
+        },
+    }
+
+
+def show_preparation(result: dict[str, object]) -> None:
+    """Prints the rates as a table."""
+    table = Table(title=f"Preparation, one core, {result['text_mb']:.1f} MB", title_justify="left")
+    for column in ("step", "MB/s", "documents/s"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for name, row in result["steps"].items():
+        rates = (row["mb_per_second"], row["documents_per_second"])
+        table.add_row(name, *(f"{rate:,.1f}" for rate in rates))
+    table.add_row("all steps", f"{result['whole_road_mb_per_second']:.2f}", "")
+    table.add_row("wall clock, all stages", f"{result['wall_mb_per_second']:.2f}", "")
+    rate = result["tokenizer_library_mb_per_second"]
+    table.add_row("tokenizer library alone", f"{rate:.1f}", "")
+    Console(width=110).print(table)
+
+
 def main(argv: Sequence[str]) -> int:
     """Checks the flags, makes or opens the stores, measures and reports."""
     command_line.parse_flags(argv, __doc__)
+    if _PREPARE.value:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure_preparation(Path(folder))
+        show_preparation(result)
+        if _JSON.value:
+            files.write_json(_JSON.value, result)
+        print(json.dumps(result))
+        return 0
     for flag in (_STEPS, _REPEATS, _PREFETCH, _NUM_SOURCES, _STORE_TOKENS):
         if flag.value < 1:
             raise UserError(f"--{flag.name}: {flag.value} is not possible; expected at least 1")

@@ -1,0 +1,33 @@
+"""A preparation to start from: web pages and books, cleaned and deduplicated.
+
+Point the sources at your files and try it on a few first:
+
+  python tools/prepare_data.py --config=configs/data/example.py \
+    --config.sources.web.path='pages/*.jsonl.gz' --config.sources.books.path=books
+
+Every step is switched by `enabled`; danube_jax/data/corpus/config.py lists all thresholds.
+"""
+
+from danube_jax.data.corpus.config import corpus_config, text_source
+
+
+def get_config():
+    """The preparation as an ml_collections.ConfigDict."""
+    config = corpus_config()
+    config.name = "example"
+    config.output = "corpus"
+    config.sources = {
+        # The order ranks the sources: of near-duplicates, the one in the earlier source stays.
+        "books": text_source(path="books"),
+        "web": text_source(path="pages/*.jsonl.gz", text_column="text", url_column=""),
+    }
+    config.tokenizer.builtin = "mistral"
+
+    steps = config.steps
+    steps.language.languages = ("en",)
+    # C4's rule that a line ends in punctuation costs text with hard line breaks most of its lines.
+    steps.c4.enabled = True
+    steps.c4.terminal_punctuation = False
+    steps.repeated_text.enabled = True
+    steps.repeated_text.unit = "paragraph"
+    return config

@@ -1,0 +1,357 @@
+"""The whole preparation: stages of datatrove blocks, from raw files to token stores.
+
+    clean     read → rules → (signatures) → documents
+    repeats   drop repeated lines or paragraphs, where wanted, and take the MinHash signatures then
+    select    drop duplicates → score → documents, which stay for the user
+    tokenise  split, tokenise
+    stores    shuffle, write
+
+A task of a stage is done or not; a killed preparation repeats the tasks that were not.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datatrove.pipeline.dedup import MinhashDedupBuckets
+
+from danube_jax import files
+from danube_jax.config import TokenizerConfig, to_dict
+from danube_jax.console import info
+from danube_jax.data.corpus import decontaminate, dedup, heuristics, minhash, quality, text_rules
+from danube_jax.data.corpus.config import CorpusConfig
+from danube_jax.data.corpus.executors import Runner
+from danube_jax.data.corpus.inputs import divide, list_inputs, listing
+from danube_jax.data.corpus.records import RecordReader, write_bad_records
+from danube_jax.data.corpus.stages import FILE, SaveTally, StageReader, document_writer
+from danube_jax.data.corpus.statistics import Statistics, collect
+from danube_jax.data.corpus.tally import Tally, load_all, merge
+from danube_jax.data.corpus.tokenise import Tokenise, WriteStores, finished_stores, store_names
+from danube_jax.data.corpus.tokenizer_sample import train_on_documents
+from danube_jax.data.tokenizer import load_tokenizer
+from danube_jax.errors import UserError
+
+PLAN = "preparation.json"
+STATISTICS = "statistics.json"
+BAD_RECORDS = "bad_records.jsonl"
+TOKENIZER = "tokenizer.model"
+PLAN_VERSION = 1
+STAGES = ("clean", "repeats", "select", "tokenise")  # those that count
+
+
+def prepare(corpus: CorpusConfig) -> Statistics:
+    """Prepares a corpus, goes on with one that was stopped, or finds it done.
+
+    Writes into `corpus.output`: `stores/SOURCE[_BUCKET]/{train,heldout}`, `documents/`,
+    `statistics.json`, `bad_records.jsonl`, and `tokenizer.model` where one is trained.
+
+    Raises:
+      UserError: bad input or config; the folder holds a preparation of another config or of other
+        files, or is being prepared.
+      RunError: tasks failed.
+    """
+    output = Path(corpus.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{output}: another process is preparing this corpus") from None
+        return _Preparation(corpus, output).run()
+
+
+class _Preparation:
+    def __init__(self, corpus: CorpusConfig, output: Path):
+        self.corpus, self.output, self.work = corpus, output, output / "work"
+        self.steps = corpus.steps
+        parts = list_inputs(corpus)
+        self.tasks = divide(parts, corpus.task_bytes)
+        self.plan = {
+            "version": PLAN_VERSION,
+            "config": _essential(corpus),
+            "files": _file_sums(corpus),
+            "inputs": listing(parts),
+        }
+        self.runner = Runner(corpus.executor, self.work)
+
+    def run(self) -> Statistics:
+        done = self._check_plan()
+        if done is not None:
+            return done
+        if not self.corpus.tokenizer.train_vocab_size:
+            load_tokenizer(self.corpus.tokenizer).framing()  # refused before the work, not after
+        if self.steps.quality.enabled:
+            quality.load_scorer(self.steps.quality)
+        self._clean()
+        documents, signed = self._repeats()
+        self._select(documents, signed)
+        tokenizer = self._tokenizer()
+        self._stores(tokenizer)
+        return self._finish(tokenizer)
+
+    def _folder(self, stage: str, name: str) -> Path:
+        return self.work / stage / name
+
+    def _check_plan(self) -> Statistics | None:
+        """The statistics of a finished preparation; notes the plan of a new one."""
+        path = self.output / PLAN
+        if not path.exists():
+            files.write_json(path, self.plan)
+            return None
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = _changes(before, self.plan)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: cannot be read ({error!r}); delete {self.output}") from None
+        statistics = self.output / STATISTICS
+        begun = statistics.is_file() or any(self.work.glob("*/completions/*"))
+        if changed and not begun:
+            # Nothing was done yet: a first try, stopped by a mistake that is now mended.
+            shutil.rmtree(self.work, ignore_errors=True)
+            files.write_json(path, self.plan)
+            return None
+        if changed:
+            raise UserError(
+                f"{self.output}: was prepared with another {changed}; delete it, or set "
+                "config.output to another folder"
+            )
+        if not statistics.is_file():
+            return None
+        info(f"data: already prepared in {self.output}")
+        return Statistics.load(statistics)
+
+    def _removed(self, stage: str) -> Any:
+        """Where removed documents go, if they are wanted."""
+        return (
+            document_writer(self.output / "removed" / stage) if self.corpus.keep_removed else None
+        )
+
+    def _clean(self) -> None:
+        steps, tally, removed = self.steps, Tally(self.corpus.samples), self._removed("clean")
+        index = self._folder("clean", "decontamination.npz")
+        if steps.decontamination.enabled and not index.exists():
+            index.parent.mkdir(parents=True, exist_ok=True)
+            decontaminate.build_index(steps.decontamination, index)
+        rules = (
+            (text_rules.Unicode, steps.unicode),
+            (text_rules.Lists, steps.lists),
+            (text_rules.Language, steps.language),
+            (heuristics.C4, steps.c4),
+            (heuristics.GopherRepetition, steps.gopher_repetition),
+            (heuristics.GopherQuality, steps.gopher_quality),
+            (heuristics.FineWeb, steps.fineweb),
+            (text_rules.Masking, steps.masking),
+        )
+        pipeline: list = [
+            RecordReader(self.corpus, self.tasks, tally, self._folder("clean", "progress")),
+            *(rule(step, tally, exclusion_writer=removed) for rule, step in rules if step.enabled),
+        ]
+        if steps.decontamination.enabled:
+            pipeline.append(
+                decontaminate.Decontaminate(
+                    steps.decontamination, index, tally, exclusion_writer=removed
+                )
+            )
+        if steps.exact.enabled or steps.repeated_text.enabled:
+            pipeline.append(
+                dedup.ExactSignatures(
+                    self._folder("clean", "exact"), steps.exact.enabled, steps.repeated_text
+                )
+            )
+        if steps.minhash.enabled and not steps.repeated_text.enabled:
+            pipeline.append(self._signatures("clean", tally))
+        self._run_documents("clean", pipeline, tally, removed=removed)
+
+    def _signatures(self, stage: str, tally: Tally) -> minhash.MinHashSignatures:
+        return minhash.MinHashSignatures(
+            self._folder(stage, "signatures"), self.steps.minhash, tally
+        )
+
+    def _run_documents(
+        self, stage: str, pipeline: list, tally: Tally, *, final: bool = False, removed: Any = None
+    ) -> None:
+        """Runs a stage that ends in documents."""
+        size = sum(part.size for task in self.tasks for part in task)
+        if stage != "clean":
+            size = self._sizes(pipeline[0].folder)
+        pipeline += [
+            document_writer(self._folder(stage, "documents")),
+            SaveTally(tally, self._folder(stage, "tally"), final, removed),
+        ]
+        self.runner.run(stage, pipeline, len(self.tasks), size)
+
+    def _sizes(self, folder: Path) -> int:
+        paths = (folder / FILE.format(rank) for rank in range(len(self.tasks)))
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def _repeats(self) -> tuple[Path, str]:
+        """(folder of the documents, stage that took the MinHash signatures)."""
+        steps, documents = self.steps, self._folder("clean", "documents")
+        if not (steps.exact.enabled or steps.repeated_text.enabled):
+            return documents, "clean"
+        tasks = len(self.tasks)
+        find = dedup.FindRepeats(
+            self._folder("clean", "exact"), self._folder("find_repeats", "places"), tasks
+        )
+        self.runner.run("find_repeats", [find], 1)
+        if not steps.repeated_text.enabled:
+            return documents, "clean"
+        tally = Tally(self.corpus.samples)
+        removed = self._removed("repeats")
+        pipeline = [
+            StageReader(documents, self._folder("repeats", "progress")),
+            self._remove_repeats(tally, removed),
+        ]
+        if steps.minhash.enabled:
+            pipeline.append(self._signatures("repeats", tally))
+        self._run_documents("repeats", pipeline, tally, removed=removed)
+        return self._folder("repeats", "documents"), "repeats"
+
+    def _remove_repeats(self, tally: Tally, removed: Any) -> dedup.RemoveRepeats:
+        places = self._folder("find_repeats", "places")
+        return dedup.RemoveRepeats(
+            places, self.steps.repeated_text, tally, exclusion_writer=removed
+        )
+
+    def _select(self, documents: Path, signed: str) -> None:
+        steps, tally, removed = self.steps, Tally(self.corpus.samples), self._removed("select")
+        pipeline: list = [StageReader(documents, self._folder("select", "progress"))]
+        if steps.exact.enabled and signed == "clean":
+            pipeline.append(self._remove_repeats(tally, removed))
+        if steps.minhash.enabled:
+            near = self._near_duplicates(signed)
+            pipeline.append(minhash.RemoveNearDuplicates(near, tally, exclusion_writer=removed))
+        if steps.quality.enabled:
+            scores = self._folder("select", "scores")
+            pipeline.append(quality.Score(steps.quality, scores, tally, removed))
+        self._run_documents("select", pipeline, tally, final=True, removed=removed)
+        if not self._sizes(self._folder("select", "documents")):
+            rows = [row for stage in STAGES for row in load_all(self._folder(stage, "tally"))]
+            reasons = Counter()
+            for steps_of in merge(rows, 0).steps.values():
+                for step, counts in steps_of.items():
+                    for reason, (number, _) in counts["removed"].items():
+                        reasons[f"{step}: {reason}"] += number
+            most = ", ".join(f"{reason} {number:,}" for reason, number in reasons.most_common(3))
+            raise UserError(
+                f"{self.output}: no document is left after the steps ({most}); loosen their "
+                "thresholds in config.steps"
+            )
+
+    def _near_duplicates(self, signed: str) -> Path:
+        """Finds near duplicates; returns the folder that says which documents go."""
+        step = self.steps.minhash
+        pairs, removal = self._folder("minhash_buckets", "pairs"), self._folder("cluster", "remove")
+        buckets = MinhashDedupBuckets(
+            str(self._folder(signed, "signatures")),
+            str(pairs),
+            config=minhash.datatrove_config(step),
+            only_dedup_in_index=False,
+            lines_to_buffer=4_096,
+        )
+        self.runner.run("minhash_buckets", [buckets], step.buckets)
+        sources = tuple(task[0].source for task in self.tasks)
+        cluster = minhash.Cluster(pairs, removal, sources, step.across_sources)
+        self.runner.run("cluster", [cluster], 1)
+        return removal
+
+    def _tokenizer(self) -> TokenizerConfig:
+        """The tokenizer, trained now where the config asks for it."""
+        size = self.corpus.tokenizer.train_vocab_size
+        if not size:
+            return self.corpus.tokenizer
+        path = self.output / TOKENIZER
+        if not path.exists():
+            train_on_documents(self.corpus, self._folder("select", "documents"), path, size)
+        return TokenizerConfig(path=str(path))
+
+    def _stores(self, tokenizer: TokenizerConfig) -> None:
+        documents, tally = self._folder("select", "documents"), Tally()
+        folder = self._folder("tokenise", "pieces")
+        pipeline = [
+            StageReader(documents, self._folder("tokenise", "progress")),
+            Tokenise(self.corpus, tokenizer, folder, self._folder("select", "scores"), tally),
+            SaveTally(tally, self._folder("tokenise", "tally")),
+        ]
+        self.runner.run("tokenise", pipeline, len(self.tasks), self._sizes(documents))
+        provenance = {
+            "sources": {name: s.path or s.builtin for name, s in self.corpus.sources.items()},
+            "steps": to_dict(self.steps),
+            "seed": self.corpus.seed,
+            "heldout_fraction": self.corpus.heldout_fraction,
+            "framing": load_tokenizer(tokenizer).framing(),
+            "datatrove": importlib.metadata.version("datatrove"),
+        }
+        write = WriteStores(self.corpus, tokenizer, folder, self.output / "stores", provenance)
+        self.runner.run("stores", [write], len(write.targets))
+
+    def _finish(self, tokenizer: TokenizerConfig) -> Statistics:
+        rows = [row for stage in STAGES for row in load_all(self._folder(stage, "tally"))]
+        tally = merge(rows, self.corpus.samples)
+        stores = finished_stores(self.corpus, self.output / "stores")
+        bounds = quality.bucket_bounds(self.steps.quality, self._folder("select", "scores"))
+        statistics = collect(self.corpus, tally, stores, tokenizer, bounds)
+        write_bad_records(self.output / BAD_RECORDS, tally.bad_records)
+        final = self.output / "documents"
+        if not final.exists():
+            self._folder("select", "documents").rename(final)
+        statistics.save(self.output / STATISTICS)
+        shutil.rmtree(self.work)
+        missing = [name for name in store_names(self.corpus) if name not in stores]
+        for name in missing:
+            info(f"data: nothing is left for {name}")
+        return statistics
+
+
+def _essential(corpus: CorpusConfig) -> dict[str, Any]:
+    """What of the config decides what comes out."""
+    plain = to_dict(corpus)
+    for key in ("name", "output", "executor", "stages", "plan"):
+        del plain[key]
+    return plain
+
+
+def _file_sums(corpus: CorpusConfig) -> dict[str, str]:
+    """Checksums of the files besides the text that decide what comes out."""
+    steps, out = corpus.steps, {}
+    named = {"language.model": steps.language.model if steps.language.enabled else ""}
+    if steps.lists.enabled:
+        for key in ("blocked_words", "blocked_domains", "blocked_url_words"):
+            named[f"lists.{key}"] = getattr(steps.lists, key)
+    if steps.quality.enabled:
+        named["quality.model"] = steps.quality.model
+    for key, path in named.items():
+        if path and Path(path).is_file():
+            out[key] = files.sha256_file(path)
+    if not corpus.tokenizer.train_vocab_size:
+        out["tokenizer"] = load_tokenizer(corpus.tokenizer).fingerprint
+    return out
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two plans, in words; '' for nothing."""
+    old, new = _flat(before["config"]), _flat(now["config"])
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if keys:
+        return f"config.{keys[0]} ({old.get(keys[0])!r}, now {new.get(keys[0])!r})"
+    for key in sorted(before["files"].keys() | now["files"].keys()):
+        if before["files"].get(key) != now["files"].get(key):
+            return f"file of {key}"
+    was, now_is = ({row[1]: row[2] for row in plan["inputs"]} for plan in (before, now))
+    for path in sorted(was.keys() | now_is.keys()):
+        if was.get(path) != now_is.get(path):
+            return f"set of input files ({path} is new, gone or of another size)"
+    return "version of this program" if before["version"] != now["version"] else ""
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        out = {}
+        for key, item in value.items():
+            out |= _flat(item, f"{prefix}.{key}" if prefix else key)
+        return out
+    return {prefix: value}
