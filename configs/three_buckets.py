@@ -7,12 +7,23 @@ The part after the colon is the file that tools/plan_stages.py wrote.
 """
 
 import runpy
+from pathlib import Path
 
 from danube_jax.config import base_config
+from danube_jax.errors import UserError
 
 
 def get_config(phases: str = "phases.py"):
-    """The run as an ml_collections.ConfigDict."""
+    """The run as an ml_collections.ConfigDict.
+
+    Raises:
+      UserError: there is no file `phases`.
+    """
+    if not Path(phases).is_file():
+        raise UserError(
+            f"{phases}: no such file; tools/plan_stages.py --write={phases} writes it (see the "
+            "top of configs/three_buckets.py)"
+        )
     config = base_config()
     config.name = "three_buckets"
     model = config.model

@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from danube_jax.evaluation.sharing import Family, Tokens, choose_sizes, find_families, size_grid
-from danube_jax.models.decoder import Decoder, KVCache, init_cache
+from danube_jax.models.decoder import Decoder
+from danube_jax.models.kv_cache import KVCache, init_cache
 from danube_jax.training.mesh import DATA_AXIS
 from danube_jax.training.step import prepare_weights
 

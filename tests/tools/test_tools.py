@@ -34,9 +34,10 @@ def test_help_shows_an_example_and_the_flags(tool):
         ("plan", ["--config=configs/nothing.py"], "configs/nothing.py"),
         ("train_tokenizer", ["--output=x.model", "nothing.txt"], "nothing.txt: no such file"),
         ("bench_data", ["--steps=many"], "--steps"),
-        ("bench_train", ["--model=gpt"], "--model=gpt: expected one of 16m, tiny, danube"),
+        ("bench_train", ["--model=gpt"], "--model=gpt: expected one of tiny, 16m, danube"),
         ("bench_eval", ["--model=nothing"], "nothing is no Hugging Face folder"),
         ("bench_train", ["--batch=0"], "--batch=0"),
+        ("plan", ["--config=configs/three_buckets.py:nothing.py"], "nothing.py: no such file"),
     ],
 )
 def test_a_mistake_is_one_line(tool, arguments, fragment):
