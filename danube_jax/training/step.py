@@ -32,6 +32,9 @@ PyTree = Any
 Batch = Mapping[str, jax.Array]
 Join = Callable[[PyTree], PyTree]
 
+# On a GPU. Triton's matmuls can neither add to an accumulator in place nor, in FP8, take scales.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -230,6 +233,8 @@ def make_train_step(
     """
     shardings = state_shardings(mesh, specs)
     replicated = NamedSharding(mesh, P())
+    on_gpu = mesh.devices.flat[0].platform in ("cuda", "gpu")
+    options = {"compiler_options": COMPILER_OPTIONS} if on_gpu else {}
 
     batch_spec, more = P(None, DATA_AXIS), [P()] if has_frozen else []
     gradients, measure = (
@@ -275,10 +280,11 @@ def make_train_step(
             *([replicated] if has_frozen else []),
         ),
         out_shardings=(shardings, replicated),
+        **options,
     )
     if fp8_config is None:
         return step
-    return _CalibratedStep(step, jax.jit(measure, out_shardings=replicated))
+    return _CalibratedStep(step, jax.jit(measure, out_shardings=replicated, **options))
 
 
 def _device_parts(
