@@ -240,7 +240,7 @@ def _compile(lower: Callable[..., Any], *arguments: Any) -> Any:
 
     # JAX asks the cuDNN of this machine for its version, which need not have one.
     version = mock.patch.object(
-        fused_attention_stablehlo, "check_cudnn_version", lambda: CUDNN_VERSION, create=True
+        fused_attention_stablehlo, "check_cudnn_version", create=True, return_value=CUDNN_VERSION
     )
     with version:
         lowered = lower(*arguments)
