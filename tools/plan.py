@@ -79,12 +79,13 @@ def compile_plan(run: RunConfig, plan, rates: Rates) -> tuple[tuple, str | None]
     from danube_jax.training.compiled_plan import plan_compiled
 
     refusal = aot.unavailable()
-    if refusal is None and any(phase.micro_batches == 0 for phase in plan.phases):
-        refusal = "the step cannot be compiled before its batches divide"
-    if refusal is not None:
-        return (), f"counts and estimates of the compiled step are left out: {refusal}"
-    arguments = {"devices": plan.devices, "memory_limit": plan.memory_limit}
-    return plan_compiled(run, rates=rates, progress=info, **arguments), None
+    if refusal is None:
+        try:
+            arguments = {"devices": plan.devices, "memory_limit": plan.memory_limit}
+            return plan_compiled(run, rates=rates, progress=info, **arguments), None
+        except UserError as error:  # the plan's warnings say the same where batches do not divide
+            refusal = str(error)
+    return (), f"counts and estimates of the compiled step are left out: {refusal}"
 
 
 def with_compiled(plan, compiled: Sequence, *, keep_rates: bool):
@@ -115,8 +116,8 @@ def with_compiled(plan, compiled: Sequence, *, keep_rates: bool):
     return dataclasses.replace(plan, phases=phases, rate_source="the static roofline's rate")
 
 
-def show(plan, console: Console) -> None:
-    """Prints a `Plan` as tables."""
+def show(plan, console: Console, *, compiled: bool) -> None:
+    """Prints a `Plan` as tables; its estimate of memory only where nothing was compiled."""
     total = sum(plan.parameters.values())
     parameters = Table(title=f"{plan.name}: {total:,} parameters", title_justify="left")
     parameters.add_column("part")
@@ -168,7 +169,8 @@ def show(plan, console: Console) -> None:
         memory.add_row(part, f"{size / 1e9:.3f}")
     memory.add_row("in all", f"{sum(plan.memory.values()) / 1e9:.3f}")
     memory.add_row("to use", f"{plan.memory_limit / 1e9:.3f}")
-    console.print(memory)
+    if not compiled:
+        console.print(memory)
 
     tokens = sum(phase.tokens for phase in plan.phases)
     console.print(f"tokens in all: {tokens:,}; FLOPs in all: {plan.flops:.3e}")
@@ -229,6 +231,9 @@ def show_compiled(phases: Sequence, rates: Rates, console: Console) -> None:
         ),
         "ms a step (estimate)": lambda p: f"{p.step_seconds * 1e3:,.0f}",
         "of it collectives": lambda p: f"{p.collective_seconds / p.step_seconds:.2%}",
+        "collectives beside no computation": lambda p: (
+            f"{p.exposed_collective_seconds / p.step_seconds:.2%}"
+        ),
         "tokens/s in all (estimate)": lambda p: f"{p.tokens_per_second:,.0f}",
     }
     for name, value in rows.items():
@@ -265,7 +270,7 @@ def main(argv: Sequence[str]) -> int:
         plan = with_compiled(plan, compiled, keep_rates=_RATE.value is not None)
     console = Console(highlight=False, soft_wrap=True)
     console = console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
-    show(plan, console)
+    show(plan, console, compiled=bool(compiled))
     if compiled:
         show_compiled(compiled, rates, console)
     if note:

@@ -317,9 +317,27 @@ class Decoder(nn.Module):
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         rotary = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
         x_BTD = self.embed_tokens(tokens_BT)
+        if self.config.scan_layers and not self.is_initializing():
+            return self.norm(self._scan_layers(x_BTD, rotary, segment_ids_BT))
         for layer in self.layers:
             x_BTD, _ = layer(x_BTD, rotary, segment_ids_BT)
         return self.norm(x_BTD)
+
+    def _scan_layers(self, x_BTD, rotary, segment_ids_BT):
+        """The layers one after another as a loop, whose body is compiled once.
+
+        What it saves for the backward pass, and each layer's weights, are copied into stacks of all
+        layers and out of them, which costs time and memory.
+        """
+        variables = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(dict(layer.variables) for layer in self.layers)
+        )
+        layer = self.layers[0].clone(parent=None)
+
+        def run(x_BTD, variables):
+            return layer.apply(variables, x_BTD, rotary, segment_ids_BT)[0], None
+
+        return jax.lax.scan(run, x_BTD, variables)[0]
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """Logits of hidden states, accumulated and returned in float32, [B, T, V]."""

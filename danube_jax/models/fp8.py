@@ -145,12 +145,12 @@ def _forward(x_MI, weight, sums):
     if weight.current:
         x_scale = power_of_two_scale(x_amax, E4M3)
         scales = Scales.of(weight.scale, x_scale, jnp.ones_like(x_scale))
-    q_MI = quantize(x_MI, scales.input_inverse, E4M3)
+    q_MI, q_IM, x_amax = _together(quantize(x_MI, scales.input_inverse, E4M3), x_amax)
     y_MO = _matmul(q_MI, weight.kernel_OI, x_MI.dtype, weight.fast[0])
     # In the result's dtype: the scale then becomes part of the matmul's own.
     y_MO *= scales.output.astype(y_MO.dtype)
     seen = sums.input_amax if x_amax is None else jnp.maximum(sums.input_amax, x_amax)
-    return y_MO, (q_MI.T, scales, weight, sums.replace(input_amax=seen))
+    return y_MO, (q_IM, scales, weight, sums.replace(input_amax=seen))
 
 
 def _backward(residuals, dy_MO):
@@ -159,16 +159,27 @@ def _backward(residuals, dy_MO):
     if weight.current:
         dy_scale = power_of_two_scale(dy_amax, E5M2)
         scales = Scales.of(weight.scale, 1 / scales.input_inverse, dy_scale)
-    dq_MO = quantize(dy_MO, scales.gradient_inverse, E5M2)
+    dq_MO, dq_OM, dy_amax = _together(quantize(dy_MO, scales.gradient_inverse, E5M2), dy_amax)
     dx_MI = _matmul(dq_MO, weight.kernel_IO, dy_MO.dtype, weight.fast[1])
     dx_MI *= scales.input_gradient.astype(dx_MI.dtype)
-    dw_IO = _matmul(q_IM, dq_MO.T, jnp.float32, weight.fast[2])
+    dw_IO = _matmul(q_IM, dq_OM, jnp.float32, weight.fast[2])
     seen = sums.gradient_amax if dy_amax is None else jnp.maximum(sums.gradient_amax, dy_amax)
     total_IO = sums.gradient_IO + dw_IO * scales.weight_gradient
     return dx_MI, None, sums.replace(gradient_IO=total_IO, gradient_amax=seen)
 
 
 _linear.defvjp(_forward, _backward)
+
+
+def _together(q: jax.Array, largest: jax.Array | None) -> tuple[jax.Array, ...]:
+    """A quantised matrix, its transpose, and the magnitude taken of it, if any.
+
+    A matmul of the matrix waits for the magnitude: the scheduler might leave it for the end of the
+    backward pass, and keep the unquantised matrices of all layers until then.
+    """
+    if largest is None:
+        return q, q.T, None
+    return lax.optimization_barrier((q, q.T, largest))
 
 
 def _matmul(left: jax.Array, right: jax.Array, dtype: Any, fast: bool) -> jax.Array:

@@ -97,8 +97,8 @@ def h100_mesh(devices: int) -> Mesh:
     Raises:
       UserError: `devices` are neither up to eight nor whole hosts.
     """
-    hosts = max(1, devices // DEVICES_PER_HOST)
-    if devices % hosts or (hosts > 1 and devices != hosts * DEVICES_PER_HOST):
+    hosts = -(-devices // DEVICES_PER_HOST)
+    if hosts > 1 and devices % DEVICES_PER_HOST:
         raise UserError(
             f"{devices} devices: expected up to {DEVICES_PER_HOST}, or a multiple of it"
         )

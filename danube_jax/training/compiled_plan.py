@@ -47,7 +47,8 @@ class CompiledPhase:
       largest_microbatch_tokens: the largest micro-batch of a device that divides the step's batch
         and fits, by a line through two compiled sizes; None where none does.
       kernels: sums a kind, of a whole step.
-      step_seconds: by the roofline; collective_seconds: those of communication in it.
+      step_seconds: by the roofline, nothing overlapping; collective_seconds: those of communication
+        in it; exposed_collective_seconds: of these, what no computation is scheduled beside.
       tokens_per_second: of all devices.
     """
 
@@ -62,6 +63,7 @@ class CompiledPhase:
     kernels: tuple[Total, ...]
     step_seconds: float
     collective_seconds: float
+    exposed_collective_seconds: float
     tokens_per_second: float
 
     @property
@@ -165,5 +167,6 @@ def _plan(
         kernels=tuple(totals),
         step_seconds=seconds,
         collective_seconds=sum(communication),
+        exposed_collective_seconds=account.exposed_seconds(rates, aot.DEVICES_PER_HOST),
         tokens_per_second=phase.batch_tokens / seconds,
     )

@@ -190,6 +190,30 @@ class Account:
         """Time of a step by the roofline."""
         return sum(k.times * k.seconds(rates, devices_per_host) for k in self.kernels)
 
+    def exposed_seconds(self, rates: Rates, devices_per_host: int = 8) -> float:
+        """Time of collectives less that of what the program runs while they are under way.
+
+        Only asynchronous ones have any; how well the two really share a device is not known here.
+        """
+        schedule = self.program.computation(self.program.entry_name)
+        place = {instruction.name: i for i, instruction in enumerate(schedule)}
+        ends = {x.inputs[0]: place[x.name] for x in schedule if x.opcode.endswith("-done")}
+        work = [0.0] * len(schedule)
+        for kernel in self.kernels:
+            if kernel.kind != COLLECTIVE:
+                outermost = kernel.loops[0] if kernel.loops else kernel.instruction.name
+                if outermost in place:  # what a call holds counts as nothing
+                    seconds = kernel.times * kernel.seconds(rates, devices_per_host)
+                    work[place[outermost]] += seconds
+        exposed = 0.0
+        for kernel in self.kernels:
+            if kernel.kind == COLLECTIVE:
+                start = place.get(kernel.instruction.name, 0)
+                beside = sum(work[start : ends.get(kernel.instruction.name, start)])
+                seconds = kernel.times * kernel.seconds(rates, devices_per_host)
+                exposed += max(0.0, seconds - beside)
+        return exposed
+
     def totals(
         self,
         rates: Rates,

@@ -96,6 +96,7 @@ ENTRY %main (w32: f32[2560,3840], xs.1: bf16[8,4096,2560]) -> f32[2560,3840] {
   %while.1 = (s32[], f32[2560,3840]{1,0}, bf16[8,4096,2560]{2,1,0}) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %g = f32[2560,3840]{1,0} get-tuple-element(%while.1), index=1
   %rs = ((f32[2560,3840]{1,0}), f32[320,3840]{1,0}) reduce-scatter-start(%g), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %copy.2 = f32[2560,3840]{1,0} copy(%w32)
   %rs.1 = f32[320,3840]{1,0} reduce-scatter-done(%rs)
   %shard = u8[320,3840]{1,0} constant({...})
   %ag = (u8[320,3840]{1,0}, u8[2560,3840]{1,0}) all-gather-start(%shard), channel_id=2, replica_groups=[2,16]<=[32], dimensions={0}
@@ -122,7 +123,7 @@ def test_kernels_run_as_often_as_their_loop(account):
     assert account.micro_batches() == 3
     names = [k.instruction.name for k in account.micro_step()]
     assert names == ["lt", "x", "q", "y", "a", "dq", "dw", "ys"]
-    assert [k.instruction.name for k in account.once()] == ["copy.1", "rs", "ag", "new"]
+    assert [k.instruction.name for k in account.once()] == ["copy.1", "rs", "copy.2", "ag", "new"]
     assert {k.times for k in account.micro_step()} == {3}
 
 
@@ -138,11 +139,12 @@ def test_kinds(account):
         "dw": FP8_MATMUL,
         "ys": ELEMENTWISE,
         "copy.1": COPY,
+        "copy.2": COPY,
         "rs": COLLECTIVE,
         "ag": COLLECTIVE,
         "new": UPDATE,
     }
-    assert count(account.kernels, FP8_MATMUL, COPY) == 3
+    assert count(account.kernels, FP8_MATMUL, COPY) == 4
     assert count(account.kernels, BF16_MATMUL) == 0
 
 
@@ -197,6 +199,15 @@ def test_time_is_a_roofline(account):
     assert sum(t.seconds for t in totals) == pytest.approx(account.seconds(rates))
     fp8 = next(t for t in totals if t.kind == FP8_MATMUL)
     assert (fp8.kernels, fp8.runs, fp8.flops) == (2, 6, 6 * FLOPS)
+
+
+def test_what_runs_beside_a_collective_hides_it(account):
+    rates = Rates(link_gbps=100.0, network_gbps=5.0, kernel_us=0.0)
+    scatter, gather, copy = (kernel(account, name) for name in ("rs", "ag", "copy.2"))
+    hidden = copy.seconds(rates)
+    assert 0 < hidden < scatter.seconds(rates)
+    exposed = scatter.seconds(rates) - hidden + gather.seconds(rates)
+    assert account.exposed_seconds(rates) == pytest.approx(exposed)
 
 
 def test_program_tells_loops_from_the_rest():

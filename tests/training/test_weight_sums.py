@@ -54,7 +54,9 @@ def first_moment(dtype, *, accumulation, sum_in_place, **changes):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"remat": "full"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"remat": "full", "scan_layers": True}]
+)
 def test_the_step_is_that_of_plain_autodiff(accumulation, changes):
     options = {"accumulation": accumulation, **changes}
     plain, plain_metrics = first_moment(jnp.float32, sum_in_place=False, **options)
