@@ -90,7 +90,7 @@ def test_linear_adds_to_its_sum_in_float32(dtype):
     dx, _, next_total = pullback(dy)
     x64, kernel64, dy64 = (np.asarray(a, np.float64) for a in (x, kernel, dy))
     assert (y.dtype, dx.dtype, next_total.dtype) == (dtype, dtype, jnp.float32)
-    # float32 sums of size 10, and one rounding to the dtype; the weight's sum is never rounded to it.
+    # float32 sums of size 10, and one rounding to the dtype, which the total has not.
     tolerance = {"rtol": float(jnp.finfo(dtype).eps), "atol": 2e-5}
     np.testing.assert_allclose(np.asarray(y, np.float64), x64 @ kernel64, **tolerance)
     np.testing.assert_allclose(np.asarray(dx, np.float64), dy64 @ kernel64.T, **tolerance)
