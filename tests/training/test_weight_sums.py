@@ -53,9 +53,13 @@ def first_moment(dtype, *, accumulation, sum_in_place, **changes):
     return jax.device_get(state.opt_state[0].mu), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True}, {"remat": "full", "scan_layers": True}]
+    ("accumulation", "changes"),
+    [
+        (1, {}),
+        (4, {"tie_word_embeddings": True}),
+        (4, {"remat": "full", "scan_layers": True}),
+    ],
 )
 def test_the_step_is_that_of_plain_autodiff(accumulation, changes):
     options = {"accumulation": accumulation, **changes}
