@@ -45,6 +45,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     attention_backend: str = "auto"
     remat: str = "none"
+    scan_layers: bool = False  # training: compile one layer for all; slower, and needs more memory
 
     @property
     def head_size(self) -> int:

@@ -7,7 +7,14 @@ import pytest
 
 from danube_jax.interop.hf_weights import params_from_hf
 
-NOT_THEIRS = ("model_type", "attention_backend", "remat", "sliding_window", "head_dim")
+NOT_THEIRS = (
+    "model_type",
+    "attention_backend",
+    "remat",
+    "scan_layers",
+    "sliding_window",
+    "head_dim",
+)
 
 
 def random_model(config):

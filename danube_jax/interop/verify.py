@@ -89,7 +89,7 @@ def _logits(decoder: Decoder, params: Any, tokens_BT: jax.Array) -> jax.Array:
 
 def our_logits(config: ModelConfig, params: Any, tokens_BT: np.ndarray) -> np.ndarray:
     """Logits float32 [B, T, V], computed in float32."""
-    config = dataclasses.replace(config, attention_backend="xla", remat="none")
+    config = dataclasses.replace(config, attention_backend="xla", remat="none", scan_layers=False)
     with jax.default_matmul_precision("highest"):
         return np.asarray(_logits(Decoder(config), params, tokens_BT))
 
@@ -194,7 +194,7 @@ def _judge(
 def _check_config(folder: Path, config: ModelConfig) -> None:
     written, _ = hf_config.read_config(folder)
     for field in dataclasses.fields(config):
-        if field.name in ("attention_backend", "remat", "model_type", "head_dim"):
+        if field.name in ("attention_backend", "remat", "scan_layers", "model_type", "head_dim"):
             continue
         ours, theirs = getattr(config, field.name), getattr(written, field.name)
         if ours != theirs:

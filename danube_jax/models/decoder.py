@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_policies
 from danube_jax.config import ModelConfig
 from danube_jax.models.attention import attention, cached_attention
 from danube_jax.models.blocked_attention import DENOMINATOR_NAME, OUTPUT_NAME
+from danube_jax.models.gradient_sum import SummedWeight, summed_rows
 from danube_jax.models.kv_cache import KVCache, LayerCache, cache_bias
 from danube_jax.models.linear import Linear
 from danube_jax.models.projections import fused_parts
@@ -160,8 +161,14 @@ class Block(nn.Module):
         attended_BTD, layer_cache = self.self_attn(
             self.input_layernorm(x_BTD), rotary, segment_ids_BT, layer_cache
         )
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), layer_cache
+        x_BTD = add_residual(x_BTD, attended_BTD)
+        mlp_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
+        return add_residual(x_BTD, mlp_BTD), layer_cache
+
+
+def add_residual(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+    """x + y, as matrices: XLA then adds x inside the matmul that makes y, without copying x."""
+    return (jax.lax.collapse(x_BTD, 0, 2) + jax.lax.collapse(y_BTD, 0, 2)).reshape(x_BTD.shape)
 
 
 def _is_fused_attention(primitive, *_, **__) -> bool:
@@ -204,10 +211,17 @@ class Embedding(nn.Module):
         config = self.config
         shape = (config.vocab_size, config.hidden_size)
         init = nn.initializers.normal(config.initializer_range)
-        self.embedding = self.param("embedding", init, shape, jnp.float32)
+        given = self.get_variable("params", "embedding")
+        summed = isinstance(given, SummedWeight)
+        self.embedding = given if summed else self.param("embedding", init, shape, jnp.float32)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return embed(self.embedding, tokens_BT).astype(self.dtype)
+        embedding = self.embedding
+        if isinstance(embedding, SummedWeight):
+            x_BTD = summed_rows(embedding.weight, embedding.sum.total, tokens_BT)
+        else:
+            x_BTD = embed(embedding, tokens_BT)
+        return x_BTD.astype(self.dtype)
 
 
 @jax.custom_vjp
@@ -303,9 +317,27 @@ class Decoder(nn.Module):
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         rotary = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
         x_BTD = self.embed_tokens(tokens_BT)
+        if self.config.scan_layers and not self.is_initializing():
+            return self.norm(self._scan_layers(x_BTD, rotary, segment_ids_BT))
         for layer in self.layers:
             x_BTD, _ = layer(x_BTD, rotary, segment_ids_BT)
         return self.norm(x_BTD)
+
+    def _scan_layers(self, x_BTD, rotary, segment_ids_BT):
+        """The layers one after another as a loop, whose body is compiled once.
+
+        What it saves for the backward pass, and each layer's weights, are copied into stacks of all
+        layers and out of them, which costs time and memory.
+        """
+        variables = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(dict(layer.variables) for layer in self.layers)
+        )
+        layer = self.layers[0].clone(parent=None)
+
+        def run(x_BTD, variables):
+            return layer.apply(variables, x_BTD, rotary, segment_ids_BT)[0], None
+
+        return jax.lax.scan(run, x_BTD, variables)[0]
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """Logits of hidden states, accumulated and returned in float32, [B, T, V]."""

@@ -27,12 +27,39 @@ _LAST_DIMENSIONS = (((1,), (1,)), ((), ()))
 
 
 @flax.struct.dataclass
+class Scales:
+    """What quantises a layer's input and output gradient, and what its three results are times.
+
+    float32 scalars, or arrays of layers. They are made once a step: a kernel for each of them in
+    every micro-batch would take longer than a norm.
+
+    Attributes:
+      input_inverse, gradient_inverse: 1 / scale of input and output gradient.
+      output, input_gradient, weight_gradient: products of the scales of what is multiplied.
+    """
+
+    input_inverse: jax.Array
+    gradient_inverse: jax.Array
+    output: jax.Array
+    input_gradient: jax.Array
+    weight_gradient: jax.Array
+
+    @classmethod
+    def of(cls, weight: jax.Array, inputs: jax.Array, gradients: jax.Array) -> "Scales":
+        """From the scales of weight, input and output gradient, powers of two."""
+        return cls(
+            1 / inputs, 1 / gradients, inputs * weight, gradients * weight, inputs * gradients
+        )
+
+
+@flax.struct.dataclass
 class Fp8Weight:
     """What one linear layer computes with in FP8; constant during a step.
 
     Attributes:
       kernel_OI, kernel_IO: the weight / `scale`, E4M3.
-      scale, input_scale, gradient_scale: float32 scalars, powers of two.
+      scale: float32 power of two.
+      delayed: how input and output gradient are scaled where that is not `current`.
       measure: the largest magnitudes of input and output gradient are taken.
       current: they are also what scales them (current scaling), in place of the two scales above.
       fast: of the matmuls for output, input gradient, and weight gradient: whether tensor cores
@@ -42,8 +69,7 @@ class Fp8Weight:
     kernel_OI: jax.Array
     kernel_IO: jax.Array
     scale: jax.Array
-    input_scale: jax.Array
-    gradient_scale: jax.Array
+    delayed: "Scales"
     measure: bool = flax.struct.field(pytree_node=False, default=True)
     current: bool = flax.struct.field(pytree_node=False, default=False)
     fast: tuple[bool, bool, bool] = flax.struct.field(pytree_node=False, default=(True,) * 3)
@@ -87,10 +113,10 @@ def power_of_two_scale(amax: jax.Array, dtype: Any, margin: float = 1.0) -> jax.
     return jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -MAX_EXPONENT, MAX_EXPONENT))
 
 
-def quantize(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """x / scale in an FP8 format, clipped: the bare cast would give NaN or infinity."""
+def quantize(x: jax.Array, inverse_scale: jax.Array, dtype: Any) -> jax.Array:
+    """x * inverse_scale in an FP8 format, clipped: the bare cast would give NaN or infinity."""
     largest = LARGEST[dtype]
-    return jnp.clip(x.astype(jnp.float32) * (1 / scale), -largest, largest).astype(dtype)
+    return jnp.clip(x.astype(jnp.float32) * inverse_scale, -largest, largest).astype(dtype)
 
 
 def amax(x: jax.Array) -> jax.Array:
@@ -115,31 +141,45 @@ def _linear(x_MI: jax.Array, weight: Fp8Weight, sums: Fp8Sums) -> jax.Array:
 
 def _forward(x_MI, weight, sums):
     x_amax = amax(x_MI) if weight.measure or weight.current else None
-    x_scale = power_of_two_scale(x_amax, E4M3) if weight.current else weight.input_scale
-    q_MI = quantize(x_MI, x_scale, E4M3)
+    scales = weight.delayed
+    if weight.current:
+        x_scale = power_of_two_scale(x_amax, E4M3)
+        scales = Scales.of(weight.scale, x_scale, jnp.ones_like(x_scale))
+    q_MI, q_IM, x_amax = _together(quantize(x_MI, scales.input_inverse, E4M3), x_amax)
     y_MO = _matmul(q_MI, weight.kernel_OI, x_MI.dtype, weight.fast[0])
     # In the result's dtype: the scale then becomes part of the matmul's own.
-    y_MO *= (x_scale * weight.scale).astype(y_MO.dtype)
+    y_MO *= scales.output.astype(y_MO.dtype)
     seen = sums.input_amax if x_amax is None else jnp.maximum(sums.input_amax, x_amax)
-    return y_MO, (q_MI.T, x_scale, weight, sums.replace(input_amax=seen))
+    return y_MO, (q_IM, scales, weight, sums.replace(input_amax=seen))
 
 
 def _backward(residuals, dy_MO):
-    q_IM, x_scale, weight, sums = residuals
+    q_IM, scales, weight, sums = residuals
     dy_amax = amax(dy_MO) if weight.measure or weight.current else None
-    dy_scale = power_of_two_scale(dy_amax, E5M2) if weight.current else weight.gradient_scale
-    dq_MO = quantize(dy_MO, dy_scale, E5M2)
+    if weight.current:
+        dy_scale = power_of_two_scale(dy_amax, E5M2)
+        scales = Scales.of(weight.scale, 1 / scales.input_inverse, dy_scale)
+    dq_MO, dq_OM, dy_amax = _together(quantize(dy_MO, scales.gradient_inverse, E5M2), dy_amax)
     dx_MI = _matmul(dq_MO, weight.kernel_IO, dy_MO.dtype, weight.fast[1])
-    dx_MI *= (dy_scale * weight.scale).astype(dx_MI.dtype)
-    dw_IO = _matmul(q_IM, dq_MO.T, jnp.float32, weight.fast[2])
+    dx_MI *= scales.input_gradient.astype(dx_MI.dtype)
+    dw_IO = _matmul(q_IM, dq_OM, jnp.float32, weight.fast[2])
     seen = sums.gradient_amax if dy_amax is None else jnp.maximum(sums.gradient_amax, dy_amax)
-    sums = sums.replace(
-        gradient_IO=sums.gradient_IO + dw_IO * (x_scale * dy_scale), gradient_amax=seen
-    )
-    return dx_MI, None, sums
+    total_IO = sums.gradient_IO + dw_IO * scales.weight_gradient
+    return dx_MI, None, sums.replace(gradient_IO=total_IO, gradient_amax=seen)
 
 
 _linear.defvjp(_forward, _backward)
+
+
+def _together(q: jax.Array, largest: jax.Array | None) -> tuple[jax.Array, ...]:
+    """A quantised matrix, its transpose, and the magnitude taken of it, if any.
+
+    A matmul of the matrix waits for the magnitude: the scheduler might leave it for the end of the
+    backward pass, and keep the unquantised matrices of all layers until then.
+    """
+    if largest is None:
+        return q, q.T, None
+    return lax.optimization_barrier((q, q.T, largest))
 
 
 def _matmul(left: jax.Array, right: jax.Array, dtype: Any, fast: bool) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from danube_jax.models.fp8 import Fp8Kernel, fp8_linear
+from danube_jax.models.gradient_sum import SummedWeight, summed_linear
 from danube_jax.models.lora import COLLECTION, adapter_output
 
 
@@ -16,7 +17,8 @@ class Linear(nn.Module):
 
     The matmul runs in `linear_dtype`; the result has the dtype `dtype`. Where the collection 'lora'
     holds adapters of some of the projections (see `lora.adapter_collection`), they are added. Where
-    the parameters hold an `Fp8Kernel` in place of the kernel, it runs in FP8.
+    the parameters hold an `Fp8Kernel` in place of the kernel, it runs in FP8; where they hold a
+    `SummedWeight`, the kernel's gradient is added to its sum.
     """
 
     parts: tuple[tuple[str, int], ...]  # projections side by side, and their sizes
@@ -29,6 +31,9 @@ class Linear(nn.Module):
         kernel = self.get_variable("params", "kernel")
         if isinstance(kernel, Fp8Kernel):
             y_BTO = fp8_linear(x_BTI, kernel)
+        elif isinstance(kernel, SummedWeight):
+            kernel_IO = kernel.weight.astype(self.linear_dtype)
+            y_BTO = summed_linear(x_BTI.astype(self.linear_dtype), kernel_IO, kernel.sum.total)
         else:
             shape = (x_BTI.shape[-1], sum(size for _, size in self.parts))
             init = nn.initializers.normal(self.init_std)

@@ -20,13 +20,11 @@ from jax import lax
 
 from danube_jax.config import Fp8Config
 from danube_jax.models import fp8
-from danube_jax.models.projections import FUSED
 from danube_jax.training.mesh import DATA_AXIS, sharded_dim
+from danube_jax.training.weight_sums import KERNEL, Path, linear_layers
 
 PyTree = Any
-Path = tuple[str, ...]
 
-_KERNEL = "kernel"
 _FORMATS = (fp8.E4M3, fp8.E5M2)  # of input and output gradient
 
 
@@ -41,12 +39,6 @@ class Fp8State:
 
     amax_N2H: jax.Array
     scale_N2: jax.Array
-
-
-def linear_layers(params: PyTree) -> list[Path]:
-    """Paths of the modules that compute in FP8, in the order of the rows of `Fp8State`."""
-    flat = traverse_util.flatten_dict(params)
-    return sorted(path[:-1] for path in flat if path[-1] == _KERNEL and path[-3:-1] in FUSED)
 
 
 def init_fp8_state(params: PyTree, config: Fp8Config) -> Fp8State:
@@ -97,13 +89,16 @@ def prepare_fp8_weights(
       The other parameters, as they are; and the layers' whole weights by path.
     """
     flat, flat_specs = (traverse_util.flatten_dict(tree) for tree in (params, specs))
+    kernels = {path: flat.pop((*path, KERNEL)) for path in linear_layers(params)}
+    largest_N = jnp.stack([fp8.amax(kernel_IO) for kernel_IO in kernels.values()])
+    # Of a weight that is not sharded, the maximum over devices is its own.
+    scale_N = fp8.power_of_two_scale(lax.pmax(largest_N, DATA_AXIS), fp8.E4M3)
+    inverse_N = 1 / scale_N
+    scales_N = fp8.Scales.of(scale_N, state.scale_N2[:, 0], state.scale_N2[:, 1])
     weights = {}
-    for row, path in enumerate(linear_layers(params)):
-        kernel_IO, dim = flat.pop((*path, _KERNEL)), sharded_dim(flat_specs[*path, _KERNEL])
-        largest = fp8.amax(kernel_IO)
-        largest = largest if dim is None else lax.pmax(largest, DATA_AXIS)
-        scale = fp8.power_of_two_scale(largest, fp8.E4M3)
-        quantized_IO = fp8.quantize(kernel_IO, scale, fp8.E4M3)
+    for row, (path, kernel_IO) in enumerate(kernels.items()):
+        dim = sharded_dim(flat_specs[*path, KERNEL])
+        quantized_IO = fp8.quantize(kernel_IO, inverse_N[row], fp8.E4M3)
         if dim is not None:  # as bytes, which every collective takes
             bytes_IO = lax.bitcast_convert_type(quantized_IO, jnp.uint8)
             bytes_IO = lax.all_gather(bytes_IO, DATA_AXIS, axis=dim, tiled=True)
@@ -111,9 +106,8 @@ def prepare_fp8_weights(
         weights[path] = fp8.Fp8Weight(
             kernel_OI=quantized_IO.T,
             kernel_IO=quantized_IO,
-            scale=scale,
-            input_scale=state.scale_N2[row, 0],
-            gradient_scale=state.scale_N2[row, 1],
+            scale=scale_N[row],
+            delayed=jax.tree.map(lambda x_N, row=row: x_N[row], scales_N),
         )
     return traverse_util.unflatten_dict(flat), weights
 
@@ -126,7 +120,7 @@ def select(tree: PyTree, like: PyTree) -> PyTree:
 
 def with_zero_sums(others: PyTree, weights: dict[Path, fp8.Fp8Weight]) -> PyTree:
     """Parameters with `Fp8Sums` in place of the linear layers' kernels: what is differentiated."""
-    sums = {(*k, _KERNEL): fp8.Fp8Sums.zeros(*w.kernel_IO.shape) for k, w in weights.items()}
+    sums = {(*k, KERNEL): fp8.Fp8Sums.zeros(*w.kernel_IO.shape) for k, w in weights.items()}
     return traverse_util.unflatten_dict(traverse_util.flatten_dict(others) | sums)
 
 
@@ -144,22 +138,17 @@ def joiner(
     def join(tree: PyTree) -> PyTree:
         flat = traverse_util.flatten_dict(tree)
         for path, weight in weights.items():
-            key = (*path, _KERNEL)
+            key = (*path, KERNEL)
             flat[key] = fp8.Fp8Kernel(weight.replace(**mode), flat[key])
         return traverse_util.unflatten_dict(flat)
 
     return join
 
 
-def is_sums(node: Any) -> bool:
-    """Whether a node of a tree of gradients is its own next value."""
-    return isinstance(node, fp8.Fp8Sums)
-
-
 def split_sums(grads: PyTree) -> tuple[PyTree, jax.Array]:
-    """Gradients with plain arrays for all parameters, and magnitudes float32 [N, 2]."""
+    """Gradients with plain arrays in place of `Fp8Sums`, and magnitudes float32 [N, 2]."""
     flat = traverse_util.flatten_dict(grads)
-    sums = {path: leaf for path, leaf in flat.items() if is_sums(leaf)}
+    sums = {path: leaf for path, leaf in flat.items() if isinstance(leaf, fp8.Fp8Sums)}
     amax_N2 = jnp.stack(
         [jnp.stack([sums[path].input_amax, sums[path].gradient_amax]) for path in sorted(sums)]
     )

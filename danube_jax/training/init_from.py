@@ -42,7 +42,11 @@ SHAPE_FIELDS = (
 )
 # What may differ on purpose (Danube2 dropped Danube's window), but not unseen.
 BEHAVIOUR_FIELDS = ("sliding_window", "rope_theta", "rms_norm_eps")
-RUN_FIELDS = ("attention_backend", "remat")  # how this run computes, not what the model is
+RUN_FIELDS = (
+    "attention_backend",
+    "remat",
+    "scan_layers",
+)  # how this run computes, not what the model is
 
 OPTIMIZER = "opt_state"  # field of TrainState
 

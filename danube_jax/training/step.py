@@ -4,8 +4,9 @@
 the micro-batches and sums their gradients; `update` clips, steps the optimizer and counts.
 Master parameters and optimizer state are float32 and, with ZeRO-1 (Rajbhandari et al., section
 5.1), sharded over the mesh's `data` axis: the step gathers weights in the compute dtype and
-scatters gradient sums in float32, once each. In FP8 (`fp8_scaling.py`) the weights of the linear
-layers are quantised and gathered as bytes, and their gradients are summed inside the matmuls.
+scatters gradient sums in float32, once each. The gradients of the linear layers' weights are
+summed inside the matmuls (`weight_sums.py`). In FP8 (`fp8_scaling.py`) these weights are quantised
+and gathered as bytes.
 
 Legend: A micro-batches a step, B rows of a micro-batch (all devices), T context.
 """
@@ -23,14 +24,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from danube_jax.config import Fp8Config
-from danube_jax.training import fp8_scaling
-from danube_jax.training.fp8_scaling import is_sums
+from danube_jax.training import fp8_scaling, weight_sums
 from danube_jax.training.mesh import DATA_AXIS, shard_spec, sharded_dim
 from danube_jax.training.objectives import Objective, counted
+from danube_jax.training.weight_sums import is_sum
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
 Join = Callable[[PyTree], PyTree]
+
+# On a GPU. Triton's matmuls can neither add to an accumulator in place nor, in FP8, take scales.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @flax.struct.dataclass
@@ -112,8 +116,8 @@ def accumulate(
 
     Args:
       objective: sums of loss and metrics over a micro-batch.
-      weights: what is differentiated: whole weights in the compute dtype; in FP8, `Fp8Sums` in
-        place of a kernel, whose gradient is its next value.
+      weights: what is differentiated: whole weights in the compute dtype, or in place of some of
+        them sums, whose gradient is their next value.
       batch: arrays [A, B_local, ...].
       frozen: weights that are not trained, for objectives that have some.
       join_first, join: from such weights to those that the objective takes, for the first
@@ -137,14 +141,14 @@ def accumulate(
             return loss_sum * scale, sums | {"loss": loss_sum, "weights": count}
 
         def add(total: PyTree, grad: PyTree) -> PyTree:
-            return grad if is_sums(grad) else total + grad.astype(jnp.float32)
+            return grad if is_sum(grad) else total + grad.astype(jnp.float32)
 
         if carry is None:
             grads, sums = jax.grad(scaled_loss, has_aux=True)(weights)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
-        inputs = jax.tree.map(lambda w, c: c if is_sums(c) else w, weights, carry, is_leaf=is_sums)
+        inputs = jax.tree.map(lambda w, c: c if is_sum(c) else w, weights, carry, is_leaf=is_sum)
         grads, sums = jax.grad(scaled_loss, has_aux=True)(inputs)
-        return jax.tree.map(add, carry, grads, is_leaf=is_sums), sums
+        return jax.tree.map(add, carry, grads, is_leaf=is_sum), sums
 
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["tokens"].shape[0] == 1:
@@ -216,6 +220,7 @@ def make_train_step(
     has_frozen: bool = False,
     count_name: str = "valid_tokens",
     fp8_config: Fp8Config | None = None,
+    sum_in_place: bool = True,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step ``(state, batch, stop_D) -> (state, metrics)``; `state` is donated.
 
@@ -226,10 +231,13 @@ def make_train_step(
     `stop_D` int32 [devices] is 1 where a process wants the run to stop; its sum comes back in
     the metrics, so that all processes stop after the same step without a collective of their own.
     Metrics are means over valid tokens or pairs, on the device. With `fp8_config`, the first call
-    measures the scales of a state that has none yet.
+    measures the scales of a state that has none yet. `sum_in_place` False leaves the gradients of
+    all weights to autodiff and adds them up afterwards (not in FP8).
     """
     shardings = state_shardings(mesh, specs)
     replicated = NamedSharding(mesh, P())
+    on_gpu = mesh.devices.flat[0].platform in ("cuda", "gpu")
+    options = {"compiler_options": COMPILER_OPTIONS} if on_gpu else {}
 
     batch_spec, more = P(None, DATA_AXIS), [P()] if has_frozen else []
     gradients, measure = (
@@ -241,7 +249,7 @@ def make_train_step(
             check_vma=False,
         )
         for part, inputs, outputs in zip(
-            _device_parts(objective, specs, compute_dtype, fp8_config),
+            _device_parts(objective, specs, compute_dtype, fp8_config, sum_in_place),
             ([P(DATA_AXIS), *more], []),
             ((specs.params, P(), P()), P()),
             strict=True,
@@ -275,14 +283,19 @@ def make_train_step(
             *([replicated] if has_frozen else []),
         ),
         out_shardings=(shardings, replicated),
+        **options,
     )
     if fp8_config is None:
         return step
-    return _CalibratedStep(step, jax.jit(measure, out_shardings=replicated))
+    return _CalibratedStep(step, jax.jit(measure, out_shardings=replicated, **options))
 
 
 def _device_parts(
-    objective: Objective, specs: TrainState, compute_dtype: jnp.dtype, config: Fp8Config | None
+    objective: Objective,
+    specs: TrainState,
+    compute_dtype: jnp.dtype,
+    config: Fp8Config | None,
+    sum_in_place: bool,
 ) -> tuple[Callable, Callable]:
     """The parts of a step that run on every device: gradients, and a first look at magnitudes."""
 
@@ -290,25 +303,31 @@ def _device_parts(
         params: PyTree, fp8_state: PyTree, batch: Batch, *frozen: PyTree
     ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
         weights = prepare_weights(params, specs.params, compute_dtype)
-        return fp8_state, *accumulate(objective, weights, batch, *frozen)
+        weights, summed = weight_sums.split(weights) if sum_in_place else (weights, {})
+        grads, sums = accumulate(
+            objective, weights, batch, *frozen, join=lambda tree: weight_sums.join(tree, summed)
+        )
+        return fp8_state, weight_sums.totals(grads), sums
 
-    def prepare_fp8(params: PyTree, fp8_state: PyTree) -> tuple[PyTree, Any]:
+    def prepare_fp8(params: PyTree, fp8_state: PyTree) -> tuple[PyTree, Callable[..., Join]]:
         others, quantized = fp8_scaling.prepare_fp8_weights(params, specs.params, fp8_state)
         others = prepare_weights(others, fp8_scaling.select(specs.params, others), compute_dtype)
-        return fp8_scaling.with_zero_sums(others, quantized), quantized
+        others, summed = weight_sums.split(others)
+
+        def joiner(**mode: bool) -> Join:
+            join = fp8_scaling.joiner(quantized, config, **mode)
+            return lambda tree: join(weight_sums.join(tree, summed))
+
+        return fp8_scaling.with_zero_sums(others, quantized), joiner
 
     def fp8_gradients(
         params: PyTree, fp8_state: PyTree, batch: Batch
     ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
-        weights, quantized = prepare_fp8(params, fp8_state)
+        weights, joiner = prepare_fp8(params, fp8_state)
         grads, sums = accumulate(
-            objective,
-            weights,
-            batch,
-            join_first=fp8_scaling.joiner(quantized, config, measure=True),
-            join=fp8_scaling.joiner(quantized, config, measure=False),
+            objective, weights, batch, join_first=joiner(measure=True), join=joiner(measure=False)
         )
-        grads, amax_N2 = fp8_scaling.split_sums(grads)
+        grads, amax_N2 = fp8_scaling.split_sums(weight_sums.totals(grads))
         return fp8_scaling.next_state(fp8_state, amax_N2, config), grads, sums
 
     def gradients(
@@ -320,10 +339,9 @@ def _device_parts(
         return reduce_gradients(grads, specs.params), fp8_state, sums
 
     def measure(params: PyTree, fp8_state: PyTree, batch: Batch) -> PyTree:
-        weights, quantized = prepare_fp8(params, fp8_state)
-        join = fp8_scaling.joiner(quantized, config, measure=True, current=True)
+        weights, joiner = prepare_fp8(params, fp8_state)
         first = jax.tree.map(lambda x: x[:1], batch)
-        grads, _ = accumulate(objective, weights, first, join=join)
+        grads, _ = accumulate(objective, weights, first, join=joiner(measure=True, current=True))
         return fp8_scaling.first_state(fp8_state, fp8_scaling.split_sums(grads)[1], config)
 
     return gradients, measure

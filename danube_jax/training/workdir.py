@@ -23,6 +23,7 @@ FREE_KEYS = (
     "name",
     "model.attention_backend",
     "model.remat",
+    "model.scan_layers",
     "data.directory",
     "data.sources",  # what they hold is compared by fingerprint
     "data.tokenizer",

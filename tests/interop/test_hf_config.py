@@ -104,7 +104,7 @@ def test_defaults_are_those_of_transformers(model_type, absent):
     content = {"model_type": model_type} if absent else theirs.to_dict()
     ours = hf_config.model_config(content, "config.json")
     for field in dataclasses.fields(ModelConfig):
-        if field.name in ("attention_backend", "remat", "head_dim", "rope_theta"):
+        if field.name in ("attention_backend", "remat", "scan_layers", "head_dim", "rope_theta"):
             continue
         assert getattr(ours, field.name) == getattr(theirs, field.name, None), field.name
     assert ours.head_size == theirs.head_dim

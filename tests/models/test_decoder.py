@@ -14,6 +14,7 @@ from danube_jax.interop.hf_weights import params_from_hf
 from danube_jax.models import decoder as decoder_lib
 from danube_jax.models.decoder import Decoder
 from danube_jax.models.kv_cache import init_cache
+from danube_jax.models.lora import COLLECTION, LoraConfig, adapter_collection, init_adapters
 
 SMALL = ModelConfig(
     vocab_size=67,
@@ -48,7 +49,14 @@ def random_tokens(config, batch=2, length=19):
 def transformers_model(config):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    dropped = ("model_type", "attention_backend", "remat", "sliding_window", "head_dim")
+    dropped = (
+        "model_type",
+        "attention_backend",
+        "remat",
+        "scan_layers",
+        "sliding_window",
+        "head_dim",
+    )
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in dropped}
     fields |= {"head_dim": config.head_size, "attn_implementation": "eager"}
     torch.manual_seed(0)
@@ -196,6 +204,34 @@ def test_remat_changes_nothing_but_what_is_saved(remat, backend):
     # The softmax runs again, except where attention is saved and can be used from what is saved.
     runs_again = remat != "attention" or backend == "xla"
     assert (count_exp(rematted) > count_exp(plain)) == runs_again
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_scanning_the_layers_changes_nothing(with_adapters):
+    tokens = random_tokens(SMALL)
+    segments = (np.arange(tokens.shape[1]) > 7).astype(np.int32)[None].repeat(len(tokens), 0)
+    params = decoder_lib.init_params(SMALL, jax.random.key(0))
+    variables = {"params": params}
+    if with_adapters:
+        lora = LoraConfig(rank=2)
+        adapters = init_adapters(lora, SMALL, jax.random.key(1))
+        adapters = jax.tree.map(lambda leaf: leaf + 0.01, adapters)  # fresh ones add nothing
+        variables[COLLECTION] = adapter_collection(adapters, lora, jnp.float32)
+
+    def loss_and_gradients(**changes):
+        decoder = Decoder(small(**changes))
+
+        def loss(params):
+            logits = decoder.apply({**variables, "params": params}, tokens, None, segments)
+            return jnp.sum(jax.nn.logsumexp(logits, axis=-1))
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    value, gradients = loss_and_gradients()
+    scanned, scanned_gradients = loss_and_gradients(scan_layers=True)
+    np.testing.assert_allclose(scanned, value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(scanned_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
 def test_parameters_may_come_in_bfloat16():

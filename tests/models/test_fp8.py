@@ -22,13 +22,16 @@ def relative_error(found, expected):
 def make_weight(kernel_IO, *, input_amax, gradient_amax, **mode):
     """The weight of a layer whose scales fit these magnitudes."""
     scale = fp8.power_of_two_scale(fp8.amax(kernel_IO), fp8.E4M3)
-    quantized_IO = fp8.quantize(kernel_IO, scale, fp8.E4M3)
+    quantized_IO = fp8.quantize(kernel_IO, 1 / scale, fp8.E4M3)
     return fp8.Fp8Weight(
         kernel_OI=quantized_IO.T,
         kernel_IO=quantized_IO,
         scale=scale,
-        input_scale=fp8.power_of_two_scale(jnp.float32(input_amax), fp8.E4M3),
-        gradient_scale=fp8.power_of_two_scale(jnp.float32(gradient_amax), fp8.E5M2),
+        delayed=fp8.Scales.of(
+            scale,
+            fp8.power_of_two_scale(jnp.float32(input_amax), fp8.E4M3),
+            fp8.power_of_two_scale(jnp.float32(gradient_amax), fp8.E5M2),
+        ),
         **mode,
     )
 
@@ -76,7 +79,9 @@ def test_quantising_clips_and_rounds_to_nearest(dtype):
     x = np.concatenate([rng.normal(size=1_000) * 10.0 ** rng.uniform(-9, 9, 1_000), [0, 1e30]])
     x = x.astype(np.float32)
     scale = 2.0**-3
-    found = np.asarray(fp8.quantize(jnp.asarray(x), jnp.float32(scale), dtype)).astype(np.float64)
+    found = np.asarray(fp8.quantize(jnp.asarray(x), jnp.float32(1 / scale), dtype)).astype(
+        np.float64
+    )
     largest = fp8.LARGEST[dtype]
     numpy_type = {fp8.E4M3: ml_dtypes.float8_e4m3fn, fp8.E5M2: ml_dtypes.float8_e5m2}[dtype]
     expected = np.clip(x.astype(np.float64) / scale, -largest, largest).astype(numpy_type)
@@ -87,7 +92,7 @@ def test_quantising_clips_and_rounds_to_nearest(dtype):
 def test_a_power_of_two_scale_changes_no_bit():
     x = jnp.asarray(np.random.default_rng(1).normal(size=1_000), jnp.float32)
     plain = fp8.quantize(x, jnp.float32(1), fp8.E5M2).astype(jnp.float32)
-    scaled = fp8.quantize(x * 2**-20, jnp.float32(2**-20), fp8.E5M2).astype(jnp.float32)
+    scaled = fp8.quantize(x * 2**-20, jnp.float32(2**20), fp8.E5M2).astype(jnp.float32)
     np.testing.assert_array_equal(plain, scaled)
 
 
@@ -104,7 +109,7 @@ def test_weight_gradient_is_added_to_its_sum(arrays):
     weight, _, _, sums = run(arrays)
     x, dy = (np.asarray(arrays[k], np.float64).reshape(M, -1) for k in ("x", "dy"))
     assert relative_error(sums.gradient_IO - 1e-7, x.T @ dy) < 0.08
-    scales = [float(s) for s in (weight.input_scale, weight.gradient_scale)]
+    scales = [1 / float(s) for s in (weight.delayed.input_inverse, weight.delayed.gradient_inverse)]
     exact_x = (x / scales[0]).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scales[0]
     exact_dy = (dy / scales[1]).astype(ml_dtypes.float8_e5m2).astype(np.float64) * scales[1]
     exact = 1e-7 + exact_x.T @ exact_dy

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
-from helpers import command
+from helpers import ROOT, command
 from test_config import load
 
 from danube_jax.config import parse_config
@@ -14,10 +15,31 @@ from danube_jax.training.plan import activation_bytes, make_plan, parameters_by_
 NO_STORES = {"web": None, "instruct": None, "curated": None}
 
 
+# Read by Python at its start: hides the compiler for H100s where it is installed.
+WITHOUT_COMPILER = """
+import importlib.abc, sys
+
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "jax_cuda13_plugin":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
 def test_danube2_from_the_command_line(tmp_path):
     output = tmp_path / "plan.json"
-    result = command("--config=configs/danube2.py", f"--json={output}", module="tools/plan.py")
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_COMPILER)
+    result = command(
+        "--config=configs/danube2.py",
+        f"--json={output}",
+        module="tools/plan.py",
+        environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+    )
     assert result.returncode == 0, result.stderr
+    assert "compiling for H100 needs `pip install -e '.[aot]'`" in result.stdout
+    assert "days at the Danube report's rate" in result.stdout
     for text in ("stage1", "stage2", "stage3", "1,000,000,585,728", "950,000,025,600"):
         assert text in result.stdout
     assert "50,000,560,128" in result.stdout
@@ -35,7 +57,12 @@ def test_danube2_from_the_command_line(tmp_path):
 
 
 def test_bad_input_is_one_line():
-    for arguments in (("--target=tpu",), ("--devices=0",), ("--tokens_per_second=-1",)):
+    for arguments in (
+        ("--target=tpu",),
+        ("--devices=0",),
+        ("--tokens_per_second=-1",),
+        ("--fp8_tflops=0",),
+    ):
         result = command("--config=configs/danube2.py", *arguments, module="tools/plan.py")
         assert result.returncode == 2
         assert result.stderr.startswith("error: ")

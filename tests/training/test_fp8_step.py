@@ -200,8 +200,8 @@ def test_a_restored_run_goes_on_to_the_bit(tmp_path):
     )
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_nothing(remat):
+@pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots"}, {"scan_layers": True}])
+def test_remat_and_scan_change_nothing(changes):
     expected = Run().steps(2, 2)[-1]
-    found = Run(model=dataclasses.replace(MODEL, remat=remat)).steps(2, 2)[-1]
+    found = Run(model=dataclasses.replace(MODEL, **changes)).steps(2, 2)[-1]
     np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-4)
