@@ -16,14 +16,11 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-FP8_MATMUL, MATMUL, ATTENTION = "FP8 matmuls", "other matmuls", "attention"
-COLLECTIVE, COPY, ELEMENTWISE, OTHER = (
-    "collectives",
-    "copies",
-    "elementwise and reductions",
-    "other",
-)
-CLASSES = (FP8_MATMUL, MATMUL, ATTENTION, ELEMENTWISE, COPY, COLLECTIVE, OTHER)
+from danube_jax.console import info
+
+# Where a static account of the program names the class of a kernel, its finer names come first.
+FP8_MATMUL, MATMUL, ATTENTION = "FP8 matmul", "matmul", "attention"
+ELEMENTWISE, COPY, COLLECTIVE, OTHER = "elementwise", "copy", "collective", "other"
 
 _CONTROL_FLOW = ("while", "call", "conditional")  # their time is that of what they run
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(")
@@ -74,22 +71,52 @@ class _Event:
     seconds: float
 
 
-def profile(step: Callable[[], Any], hlo: str, folder: Path, steps: int = 2) -> Profile:
-    """Traces `steps` calls of a warm `step` into `folder`, and sums up the kernels.
+def profile(step: Callable[[], Any], hlo: str, folder: Path, steps: int = 2) -> dict[str, Any]:
+    """Traces a warm train step into `folder`, and sums up its kernels.
 
     Args:
       step: one call is one train step.
       hlo: text of the compiled program that it runs.
       folder: where the trace goes; made where it is missing.
       steps: calls that are traced; the figures are means.
+
+    Returns:
+      A `Profile` as a dict, with `trace`, the folder, and `estimate`: seconds a step by class, of
+      the program's static account, or None where there is none.
     """
-    classes = instruction_classes(hlo)
+    classes, estimate = instruction_classes(hlo), None
+    if account := static_account(hlo):
+        named, estimate = account
+        classes |= named
     with jax.profiler.trace(str(folder)):
         start = time.perf_counter()
         for _ in range(steps):
             jax.block_until_ready(step())
         seconds = time.perf_counter() - start
-    return sum_up(list(_events(folder)), classes, seconds, steps)
+    result = sum_up(_events(folder), classes, seconds, steps)
+    return dataclasses.asdict(result) | {"trace": str(folder), "estimate": estimate}
+
+
+def static_account(hlo: str) -> tuple[dict[str, str], dict[str, float]] | None:
+    """What a GPU program's text says: class by instruction, and seconds a step by class.
+
+    None, with a line that says why, for a program of another device.
+    """
+    if jax.default_backend() != "gpu":
+        info(f"no static estimate: it is of GPU programs, and this one is for a {_platform()}")
+        return None
+    try:
+        from danube_jax.training.hlo_account import Account, Rates
+    except ImportError:
+        info("no static estimate: this version has no danube_jax/training/hlo_account.py")
+        return None
+    account = Account(hlo)
+    kinds = {kernel.instruction.name: kernel.kind for kernel in account.kernels}
+    return kinds, {total.kind: total.seconds for total in account.totals(Rates())}
+
+
+def _platform() -> str:
+    return jax.default_backend().upper()
 
 
 def sum_up(
@@ -195,13 +222,8 @@ def class_of_name(kernel: str) -> str:
     return next(found, OTHER)
 
 
-def static_estimate(hlo: str) -> dict[str, float] | None:
-    """Seconds a step by class of kernel, as the program's static account has them, or None."""
-    return None
-
-
 def print_profile(profile: Mapping[str, Any]) -> None:
-    """The table for people, of a `Profile` as a dict with the `trace` and the `estimate` added."""
+    """The table for people, of what `profile` returns."""
     classes, estimate = profile["classes"], profile["estimate"] or {}
     total = sum(kind["seconds"] for kind in classes)
     known = {kind["name"] for kind in classes}

@@ -111,10 +111,10 @@ def measure_matmuls(
     rows = []
     for layer, sizes in layer_shapes(config).items():
         for kind in KINDS:
+            on_case(f"{layer}: {kind}")
             for precision in precisions:
                 left, right = operands(kind, precision, tokens, sizes)
                 for fast in (True, False):
-                    on_case(f"{layer}, {kind}, {precision}, fast accumulation {fast}")
                     seconds, kernel = _time_matmul(
                         kind, precision, fast, left, right, sizes, repeats, steps
                     )
@@ -294,21 +294,47 @@ def roofline(
     repeats: int,
     steps: int,
     on_case: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, Any]:
     """Everything above, for micro-batches of `tokens` tokens on one device.
 
     `on_case` is told what is measured next.
     """
     dtype = jnp.float32 if list(precisions) == ["float32"] else jnp.bfloat16
     on_case("memory bandwidth")
-    return {
+    parts = {
         "bandwidth": measure_bandwidth(config, tokens, repeats, steps),
         "attention": measure_attention(config, tokens, contexts, dtype, repeats, steps, on_case),
         "matmuls": measure_matmuls(config, tokens, precisions, repeats, steps, on_case),
     }
+    return parts | {"rates": mean_rates(parts)}
 
 
-def print_roofline(report: Mapping[str, list[dict[str, Any]]]) -> None:
+def mean_rates(parts: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """One rate a kind of kernel, as a static estimate takes them.
+
+    Of matmuls, all work over all time, with fast accumulation for output and input gradient only;
+    of attention, the first context's, unwindowed; of memory, quantising in both layouts.
+    """
+    names = {"fp8": "fp8_tflops", "bfloat16": "bf16_tflops", "float32": "f32_tflops"}
+    rates = {}
+    for precision, name in names.items():
+        rows = [
+            row
+            for row in parts["matmuls"]
+            if row["precision"] == precision
+            and row["fast_accumulation"] == (row["kind"] != "weight gradient")
+        ]
+        work = sum(row["tflops"] * row["microseconds"] for row in rows)
+        if rows:
+            rates[name] = work / sum(row["microseconds"] for row in rows)
+    for direction in ("forward", "backward"):
+        rate = parts["attention"][0][f"{direction}_tflops"]
+        if rate is not None:
+            rates[f"attention_{direction}_tflops"] = rate
+    return rates | {"memory_gbps": parts["bandwidth"][-1]["gigabytes_per_second"]}
+
+
+def print_roofline(report: Mapping[str, Any]) -> None:
     """The tables for people."""
     print(f"{'memory':<30}{'GB':>8}{'GB/s':>10}")
     for row in report["bandwidth"]:
@@ -335,3 +361,5 @@ def print_roofline(report: Mapping[str, list[dict[str, Any]]]) -> None:
             f"{row['precision']:<11}{'fast' if row['fast_accumulation'] else 'exact':<10}"
             f"{row['microseconds']:>12,.1f}{row['tflops']:>10.3f}  {row['kernel']}"
         )
+    rates = ", ".join(f"{name} {rate:,.1f}" for name, rate in report["rates"].items())
+    print(f"\nrates: {rates}")

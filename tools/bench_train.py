@@ -26,7 +26,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,9 @@ from typing import Any
 
 import jax
 from absl import flags
-from bench_models import SMALL_MODELS
+from bench_models import SMALL_MODELS, named_model
+from bench_profile import print_profile, profile
+from bench_roofline import print_roofline, roofline
 from bench_steps import (
     PRECISIONS,
     BatchShape,
@@ -55,7 +56,6 @@ from danube_jax.config import (
     REMAT_POLICIES,
     Fp8Config,
     ModelConfig,
-    parse_config,
 )
 from danube_jax.config_validation import FP8_SCALINGS
 from danube_jax.console import info
@@ -63,7 +63,6 @@ from danube_jax.errors import UserError
 from danube_jax.models.decoder import flops_per_token, param_count
 from danube_jax.training.metrics import memory_bytes, peak_flops
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 OURS, PEER = "danube_jax", "pytorch"
 PEERS = ("auto", "none", "only")
 
@@ -162,17 +161,6 @@ def checked_model() -> ModelConfig:
             f"--heads={heads}: hidden size {config.hidden_size} must be an even head size times it"
         )
     return config
-
-
-def named_model(name: str) -> ModelConfig:
-    """A small model of the benchmarks, or the model of a file in configs/."""
-    if name in SMALL_MODELS:
-        return SMALL_MODELS[name]
-    path = CONFIGS / f"{name}.py"
-    if not path.is_file():
-        known = [*SMALL_MODELS, *sorted(path.stem for path in CONFIGS.glob("*.py"))]
-        raise UserError(f"--model={name}: expected one of {', '.join(known)}")
-    return parse_config(runpy.run_path(str(path))["get_config"]()).model
 
 
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -299,18 +287,18 @@ def run_group(config: ModelConfig, cases: Sequence[Case], fp8: Fp8Config) -> lis
     flops = flops_per_token(config, shape.context)
     rows = []
     for case, values in seconds.items():
-        on = 1 if case.candidate == PEER else devices  # PyTorch uses one GPU, and takes it all
         rows.append(
             dataclasses.asdict(case)
-            | {"accumulation": shape.accumulation, "rows": shape.rows, "devices": on}
-            | summarise(values, shape.tokens // on, flops, peak)
+            | {"accumulation": shape.accumulation, "rows": shape.rows, "devices": devices}
+            | summarise(values, shape.tokens // devices, flops, peak)
             | {"gflops_per_token": flops / 1e9, "peak_memory_bytes": None}
         )
     if len(rows) == 1:  # of several in one process, whose memory it is cannot be told
         rows[0]["peak_memory_bytes"] = peak_memory(cases[0])
     for case, row in zip(cases, rows, strict=True):
         if _PROFILE.value and case.candidate == OURS:
-            row["profile"] = profile_case(case, steps[case])
+            folder = Path(_PROFILE.value) / f"{case.precision}-{case.context}"
+            row["profile"] = profile(steps[case], steps[case].hlo(), folder)
     return rows
 
 
@@ -319,9 +307,10 @@ def make_step(config: ModelConfig, case: Case, shape: BatchShape, fp8: Fp8Config
     info(f"{case}: {shape.accumulation} x {shape.rows} x {shape.context:,} tokens")
     if case.candidate == OURS:
         return TrainStep(config, precision_config(case.precision, fp8), shape, _CHUNK.value)
+    share = dataclasses.replace(shape, rows=shape.rows // jax.device_count())  # of one GPU
     return make_torch_step(
         config,
-        shape,
+        share,
         bfloat16=case.precision == "bfloat16",
         compiled=torch_device() == "cuda" if _PEER_COMPILE.value is None else _PEER_COMPILE.value,
         attention=_PEER_ATTENTION.value,
@@ -335,16 +324,6 @@ def peak_memory(case: Case) -> int | None:
     import torch
 
     return torch.cuda.max_memory_allocated() if torch_device() == "cuda" else memory_bytes()
-
-
-def profile_case(case: Case, step: TrainStep) -> dict[str, Any]:
-    """Traces one case; what its kernels take, and where the trace is."""
-    from bench_profile import profile, static_estimate
-
-    folder = Path(_PROFILE.value) / f"{case.precision}-{case.context}"
-    hlo = step.hlo()
-    result = dataclasses.asdict(profile(step, hlo, folder))
-    return result | {"trace": str(folder), "estimate": static_estimate(hlo)}
 
 
 def run_isolated(case: Case) -> dict[str, Any]:
@@ -415,8 +394,6 @@ def benchmark_parts(
     config: ModelConfig, precisions: Sequence[str], contexts: Sequence[int]
 ) -> dict[str, Any]:
     """The parts of a step on one device, at the size of a micro-batch."""
-    from bench_roofline import roofline
-
     tokens = _MICROBATCH_TOKENS.value or _BATCH_TOKENS.value or _BATCH.value * contexts[0]
     parts = roofline(
         config,
@@ -480,8 +457,6 @@ def _ratio(value: float | None) -> str:
 
 def print_table(report: dict[str, Any]) -> None:
     """The report for people; speeds are those of one device."""
-    from bench_profile import print_profile
-
     print(
         f"{_MODEL.value}: {report['parameters']:,} parameters, "
         f"{report['devices']} x {report['device']}"
@@ -508,8 +483,6 @@ def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv, __doc__)
     report = benchmark(checked_model())
     if _ROOFLINE.value:
-        from bench_roofline import print_roofline
-
         print(f"{_MODEL.value}, {report['tokens']:,} tokens, {report['device']}\n")
         print_roofline(report)
     else:
