@@ -8,6 +8,7 @@ TOOLS = (
     "train_tokenizer",
     "bench_data",
     "bench_train",
+    "bench_precision",
     "bench_convert",
     "bench_generate",
     "bench_eval",
