@@ -106,7 +106,7 @@ def test_roofline_has_all_matmuls_of_a_layer_in_both_modes(tmp_path):
     windows = [(row["context"], row["window"], row["rows"]) for row in report["attention"]]
     assert windows == [(16, None, 2), (32, None, 1), (32, 24, 1)]
     assert {"fp8_tflops", "bf16_tflops", "memory_gbps"} <= report["rates"].keys()
-    assert "rates: fp8_tflops" in printed
+    assert "as tools/plan.py takes them: --fp8_tflops=" in printed
 
 
 def test_roofline_matmuls_compute_what_the_layer_does(tool):
