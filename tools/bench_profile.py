@@ -64,7 +64,12 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Event:
+class KernelEvent:
+    """One run of a kernel, and the instruction that it ran for ('' where the trace has none).
+
+    `start` and `seconds` are seconds.
+    """
+
     name: str
     instruction: str
     start: float
@@ -93,7 +98,7 @@ def profile(step: Callable[[], Any], hlo: str, folder: Path, steps: int = 2) -> 
         for _ in range(steps):
             jax.block_until_ready(step())
         seconds = time.perf_counter() - start
-    result = sum_up(_events(folder), classes, seconds, steps)
+    result = sum_up(kernel_events(newest_trace(folder)), classes, seconds, steps)
     return dataclasses.asdict(result) | {"trace": str(folder), "estimate": estimate}
 
 
@@ -120,9 +125,13 @@ def _platform() -> str:
 
 
 def sum_up(
-    events: Iterable[Any], classes: Mapping[str, str | None], seconds: float, steps: int
+    events: Iterable[KernelEvent], classes: Mapping[str, str | None], seconds: float, steps: int
 ) -> Profile:
-    """The profile of kernel events: objects with `name`, `instruction`, `start` and `seconds`."""
+    """The profile of what ran in `steps` steps, which took `seconds` in all.
+
+    An event whose instruction has the class None is left out; one whose instruction is not known
+    goes by its name.
+    """
     total: collections.Counter = collections.Counter()
     launches: collections.Counter = collections.Counter()
     kernels: dict[str, list[float]] = collections.defaultdict(list)
@@ -162,10 +171,15 @@ def _covered(intervals: list[tuple[float, float]]) -> float:
     return covered
 
 
-def _events(folder: Path) -> Iterator[_Event]:
-    """The kernels of the newest trace in `folder`, of the first device."""
-    newest = max(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda p: p.stat().st_mtime)
-    planes = {plane.name: plane for plane in ProfileData.from_file(str(newest)).planes}
+def newest_trace(folder: Path) -> ProfileData:
+    """The newest trace in a folder that jax.profiler wrote to."""
+    files = folder.glob("plugins/profile/*/*.xplane.pb")
+    return ProfileData.from_file(str(max(files, key=lambda path: path.stat().st_mtime)))
+
+
+def kernel_events(trace: ProfileData) -> Iterator[KernelEvent]:
+    """What ran on the first GPU, or on the CPU where there is none, in no order."""
+    planes = {plane.name: plane for plane in trace.planes}
     gpus = sorted(name for name in planes if name.startswith("/device:GPU:"))
     for line in planes[gpus[0] if gpus else "/host:CPU"].lines:
         if gpus and not line.name.startswith("Stream"):
@@ -175,7 +189,9 @@ def _events(folder: Path) -> Iterator[_Event]:
             if not gpus and "hlo_op" not in stats:
                 continue  # the host's own work
             instruction = str(stats.get("hlo_op", ""))
-            yield _Event(event.name, instruction, event.start_ns / 1e9, event.duration_ns / 1e9)
+            yield KernelEvent(
+                event.name, instruction, event.start_ns / 1e9, event.duration_ns / 1e9
+            )
 
 
 def instruction_classes(hlo: str) -> dict[str, str | None]:

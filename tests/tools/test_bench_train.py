@@ -1,6 +1,5 @@
 """The benchmark of the train step: what it measures, sums up and refuses."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -195,13 +194,7 @@ def test_kernels_without_an_instruction_go_by_name(tool, kernel, kind):
 def test_kernels_are_summed_up_once_where_they_overlap(tool):
     profile = tool("bench_profile")
 
-    @dataclasses.dataclass
-    class Event:
-        name: str
-        instruction: str
-        start: float
-        seconds: float
-
+    Event = profile.KernelEvent
     events = [
         Event("while.2", "while.2", 0.0, 9.0),  # its body's events are there, too
         Event("a", "cublas.1", 0.0, 2.0),
@@ -214,6 +207,62 @@ def test_kernels_are_summed_up_once_where_they_overlap(tool):
     assert found == [("FP8 matmul", 2.0, 1.0), ("elementwise", 1.0, 0.5), ("matmul", 0.5, 0.5)]
     assert result.busy_seconds == pytest.approx((3 + 2 + 1) / 2)
     assert result.largest[0] == ("a", "FP8 matmul", 2.0, 1.0)
+
+
+TRACE = """
+planes {
+  name: "/device:GPU:0"
+  event_metadata { key: 1 value { id: 1 name: "nvjet_qqtst_64x32" } }
+  event_metadata { key: 2 value { id: 2 name: "loop_add_fusion" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+  lines {
+    name: "Stream #13(Compute)"
+    timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 2000000 }
+    events {
+      metadata_id: 2 offset_ps: 3000000 duration_ps: 1000000
+      stats { metadata_id: 1 str_value: "add.1" }
+    }
+  }
+  lines { name: "XLA Ops" events { metadata_id: 1 duration_ps: 9000000 } }
+}
+planes { name: "/device:GPU:1" lines { name: "Stream #13(Compute)" events { metadata_id: 1 } } }
+planes { name: "/host:CPU" }
+"""
+
+
+def test_a_gpus_trace_is_read_from_its_streams(tool):
+    from jax.profiler import ProfileData
+
+    profile = tool("bench_profile")
+    events = list(profile.kernel_events(ProfileData.from_text_proto(TRACE)))
+    assert [(e.name, e.instruction) for e in events] == [
+        ("nvjet_qqtst_64x32", ""),
+        ("loop_add_fusion", "add.1"),
+    ]
+    assert [e.seconds for e in events] == pytest.approx([2e-6, 1e-6])
+    assert events[1].start - events[0].start == pytest.approx(3e-6)
+
+
+GPU_HLO = """HloModule jit_step, entry_computation_layout={()->f32[2048,1024]}
+
+ENTRY %main (x: f8e4m3fn[2048,4096], w: f8e4m3fn[1024,4096]) -> bf16[2048,1024] {
+  %x = f8e4m3fn[2048,4096]{1,0} parameter(0)
+  %w = f8e4m3fn[1024,4096]{1,0} parameter(1)
+  ROOT %cublas.5 = bf16[2048,1024]{1,0} custom-call(%x, %w), custom_call_target="__cublas$lt$matmul$f8", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+}
+"""  # noqa: E501
+
+
+def test_the_static_account_names_classes_and_estimates_time(tool, monkeypatch):
+    pytest.importorskip("danube_jax.training.hlo_account")
+    profile = tool("bench_profile")
+    assert profile.static_account(GPU_HLO) is None  # this process has a CPU
+    monkeypatch.setattr(profile.jax, "default_backend", lambda: "gpu")
+    kinds, estimate = profile.static_account(GPU_HLO)
+    assert kinds == {"cublas.5": "FP8 matmul"}
+    seconds = 2 * 2048 * 4096 * 1024 / 1_250e12  # at the assumed rate
+    assert estimate == {"FP8 matmul": pytest.approx(seconds)}
 
 
 REFUSED = {  # flags → a part of the one line
