@@ -15,7 +15,9 @@ run a precision and seed, comparison.html with all of their curves, and precisio
 """
 
 import dataclasses
+import functools
 import importlib.metadata
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -77,6 +79,10 @@ class Outcome:
     losses: np.ndarray
     final: dict[str, float]
     train_loss: float
+
+    def at(self, steps: np.ndarray) -> np.ndarray:
+        """Losses at some of the steps."""
+        return self.losses[np.searchsorted(self.steps, steps)]
 
 
 def plan(
@@ -151,11 +157,16 @@ def train(member: Member, arguments: Sequence[str], config: Mapping[str, Any]) -
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
     command += [f"--workdir={member.folder}"]
     process = subprocess.Popen(command)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the trainer has it, too: it saves and stops
+    # The trainer saves and stops at a signal; one from the keyboard reaches it by itself.
+    previous = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def config_arguments(argv: Sequence[str]) -> list[str]:
@@ -201,6 +212,8 @@ def outcome(member: Member) -> Outcome:
 def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Each precision but the first beside the first, seed by seed.
 
+    Curves have the steps at which all runs were evaluated.
+
     Returns:
       Rows of `precision`, `baseline`, and relative differences: `final`, one a seed, their `mean`
       and sample standard deviation `spread` (None for one seed), `train`, the mean of those of
@@ -210,10 +223,11 @@ def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     for one in outcomes:
         by_precision.setdefault(one.precision, {})[one.seed] = one
     (baseline, base), *others = by_precision.items()
+    steps_E = functools.reduce(np.intersect1d, [one.steps for one in outcomes])
     rows = []
     for precision, ours in others:
         pairs = [(ours[seed], base[seed]) for seed in base if seed in ours]
-        relative_SE = np.stack([a.losses / b.losses - 1 for a, b in pairs])
+        relative_SE = np.stack([a.at(steps_E) / b.at(steps_E) - 1 for a, b in pairs])
         spread_E = [None] * relative_SE.shape[1]
         if len(pairs) > 1:
             spread_E = relative_SE.std(axis=0, ddof=1).tolist()
@@ -228,7 +242,7 @@ def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "curve": [
                     (int(step), float(mean), spread)
                     for step, mean, spread in zip(
-                        pairs[0][0].steps, relative_SE.mean(axis=0), spread_E, strict=True
+                        steps_E, relative_SE.mean(axis=0), spread_E, strict=True
                     )
                 ],
             }
@@ -243,9 +257,10 @@ def print_tables(outcomes: Sequence[Outcome], rows: Sequence[Mapping[str, Any]])
     columns = [*precisions, *(f"{row['precision']} over {row['baseline']}" for row in rows)]
     print("Held-out loss, nats a token: mean over seeds; difference with its spread over seeds\n")
     print(f"| step | {' | '.join(columns)} |\n| ---: {'| ---: ' * len(columns)}|")
-    for i, step in enumerate(outcomes[0].steps):
-        cells = [f"{np.mean([one.losses[i] for one in groups[name]]):.4f}" for name in precisions]
-        cells += [_percent(*row["curve"][i][1:]) for row in rows]
+    for points in zip(*(row["curve"] for row in rows), strict=True):
+        step = points[0][0]
+        cells = [f"{np.mean([one.at(step) for one in groups[name]]):.4f}" for name in precisions]
+        cells += [_percent(mean, spread) for _, mean, spread in points]
         print(f"| {step:,} | {' | '.join(cells)} |")
     print(f"\n| at the end | {' | '.join(columns)} |\n| --- {'| ---: ' * len(columns)}|")
     seeds = [one.seed for one in groups[precisions[0]]]
