@@ -18,6 +18,7 @@ from danube_jax.config import Fp8Config, ModelConfig, OptimizerConfig, Precision
 from danube_jax.errors import UserError
 from danube_jax.models.decoder import Decoder, init_params
 from danube_jax.training.dtypes import DTYPES, linear_dtype
+from danube_jax.training.init_from import RUN_FIELDS
 from danube_jax.training.mesh import make_mesh, put_batch
 from danube_jax.training.objectives import language_modeling
 from danube_jax.training.optimizer import make_optimizer
@@ -147,7 +148,7 @@ def make_torch_step(
     common = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name not in ("model_type", "attention_backend", "remat", "sliding_window")
+        if field.name not in ("model_type", "sliding_window", *RUN_FIELDS)
     }
     common |= {"head_dim": config.head_size, "attn_implementation": attention}
     try:
