@@ -105,6 +105,10 @@ def breakage(path: str, value):
         ("model.attention_backend", "fast", r"'fast' is not possible; expected one of auto"),
         ("precision.linear", "float32", r"no wider dtype than precision\.compute \(bfloat16\)"),
         ("precision.linear", "int4", r"config\.precision\.linear: 'int4'"),
+        ("precision.fp8.scaling", "rowwise", r"fp8\.scaling: 'rowwise' .*one of delayed, current"),
+        ("precision.fp8.amax_history", 0, r"precision\.fp8\.amax_history: 0 .*positive"),
+        ("precision.fp8.margin", 0.5, r"precision\.fp8\.margin: 0\.5 .*at least 1"),
+        ("precision.fp8.fast_accumulation", (True,), r"fast_accumulation: .*three values"),
         ("optimizer.b2", 1.0, r"config\.optimizer\.b2: 1\.0"),
         ("optimizer.final_learning_rate", 1.0, r"at most learning_rate"),
         ("data.heldout_fraction", 1.5, r"config\.data\.heldout_fraction: 1\.5"),
@@ -134,6 +138,23 @@ def test_a_mistake_is_named_in_full(path, value, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_config(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("danube_dpo", {}, r"'fp8' is not possible; expected bfloat16 or float32 for DPO"),
+        ("danube_sft", {"lora.rank": 4}, r"'fp8' is not possible; .* for adapters"),
+        ("danube", {"model.hidden_size": 2_568, "model.head_dim": 80}, r"hidden_size: 2568 .* 16"),
+        ("danube", {"model.intermediate_size": 6_910}, r"intermediate_size: 6910 .* 16"),
+    ],
+)
+def test_fp8_is_refused_where_it_cannot_be(name, changes, message):
+    config = load(name)
+    for key, value in (changes | {"precision.linear": "fp8"}).items():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        parse_config(config)
 
 
 def test_config_files_cannot_invent_keys():

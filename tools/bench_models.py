@@ -1,6 +1,12 @@
-"""Small models that the benchmarks share."""
+"""Models that the benchmarks share."""
 
-from danube_jax.config import ModelConfig
+import runpy
+from pathlib import Path
+
+from danube_jax.config import ModelConfig, parse_config
+from danube_jax.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 SMALL_MODELS = {
     "tiny": ModelConfig(
@@ -22,3 +28,18 @@ SMALL_MODELS = {
         max_position_embeddings=8_192,
     ),
 }
+
+
+def named_model(name: str) -> ModelConfig:
+    """A small model, or the model of a file in configs/.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    if name in SMALL_MODELS:
+        return SMALL_MODELS[name]
+    path = CONFIGS / f"{name}.py"
+    if not path.is_file():
+        known = [*SMALL_MODELS, *sorted(path.stem for path in CONFIGS.glob("*.py"))]
+        raise UserError(f"--model={name}: expected one of {', '.join(known)}")
+    return parse_config(runpy.run_path(str(path))["get_config"]()).model

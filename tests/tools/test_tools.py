@@ -1,7 +1,5 @@
 """The tools' command lines: help with an example, one line for a mistake, and what they write."""
 
-import json
-
 import pytest
 from helpers import ROOT, command
 
@@ -10,6 +8,7 @@ TOOLS = (
     "train_tokenizer",
     "bench_data",
     "bench_train",
+    "bench_precision",
     "bench_convert",
     "bench_generate",
     "bench_eval",
@@ -36,7 +35,6 @@ def test_help_shows_an_example_and_the_flags(tool):
         ("bench_data", ["--steps=many"], "--steps"),
         ("bench_train", ["--model=gpt"], "--model=gpt: expected one of tiny, 16m, danube"),
         ("bench_eval", ["--model=nothing"], "nothing is no Hugging Face folder"),
-        ("bench_train", ["--batch=0"], "--batch=0"),
         ("plan", ["--config=configs/three_buckets.py:nothing.py"], "nothing.py: no such file"),
     ],
 )
@@ -46,18 +44,6 @@ def test_a_mistake_is_one_line(tool, arguments, fragment):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert fragment in result.stderr
-
-
-def test_bench_train_measures_ours_and_the_peer(tmp_path):
-    output = tmp_path / "bench.json"
-    flags = ["--model=tiny", "--batch=2", "--context=32", "--steps=1", "--repeats=1"]
-    result = command(*flags, f"--json={output}", module="tools/bench_train.py")
-    assert result.returncode == 0, result.stderr
-    report = json.loads(output.read_text())
-    ours = report["results"]["danube_jax"]
-    assert ours["tokens_per_second"] == pytest.approx(2 * 32 / (ours["ms_per_step"] / 1e3))
-    assert report["parameters"] == 2 * 512 * 64 + 2 * (3 * 64 * 192 + 3 * 64 * 64 + 2 * 64) + 64
-    assert ("pytorch" in report["results"]) == ("torch" in report["versions"])
 
 
 def test_train_tokenizer_makes_a_model_that_reads_back_its_text(tmp_path):
