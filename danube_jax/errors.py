@@ -11,6 +11,15 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
 
 
+def printable(text: str) -> str:
+    """`text` with what could steer a terminal (control and other invisible characters) escaped."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
 class UserError(Exception):
     """Bad input: the message is one line that says what is wrong, where, and how to mend it.
 
@@ -41,6 +50,6 @@ def exit_on_user_error() -> Iterator[None]:
         )
         raise SystemExit(EXIT_USER_ERROR) from None
     except (UserError, RunError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         status = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_FAILED
         raise SystemExit(status) from None

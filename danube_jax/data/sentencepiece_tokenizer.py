@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -15,9 +16,16 @@ import sentencepiece
 from danube_jax import files
 from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json, refuse_misspelt
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
+# Keys of it that bear on us, and others that look like them.
+_CONFIG_KEYS = (
+    *("tokenizer_class", "auto_map", "added_tokens_decoder", "chat_template", "danube_jax"),
+    *("add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token", "pad_token"),
+    *("add_prefix_space", "clean_up_tokenization_spaces", "boi_token", "eoi_token"),
+)
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 MAX_LINE_BYTES = 2**30
 CHARACTER_COVERAGE = 0.99995  # as Llama: the rest is spelt in bytes
@@ -69,9 +77,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _read_folder(self, folder: Path) -> None:
         config = read_tokenizer_config(folder)
-        self.adds_bos = bool(config.get("add_bos_token", True))
-        added = [int(i) for i in config.get("added_tokens_decoder", {})]
-        if max(added, default=0) >= self.vocab_size:
+        self.adds_bos = config.get("add_bos_token", True)
+        if self.adds_bos is None:
+            self.adds_bos = False
+        added = config.get("added_tokens_decoder") or {}
+        if not isinstance(self.adds_bos, bool) or not _are_ids(added):
+            raise UserError(
+                f"{folder / CONFIG_FILE}: add_bos_token or added_tokens_decoder holds what it may "
+                "not; expected true or false, and an object of token ids"
+            )
+        if max(map(int, added), default=0) >= self.vocab_size:
             raise UserError(
                 f"{folder}: {CONFIG_FILE} adds tokens to the {self.vocab_size} of {MODEL_FILE}; "
                 "expected a tokenizer.json that holds them all"
@@ -159,6 +174,10 @@ class SentencePieceTokenizer(Tokenizer):
         return out
 
 
+def _are_ids(added: Any) -> bool:
+    return isinstance(added, dict) and all(i.isascii() and i.isdigit() for i in added)
+
+
 def read_tokenizer_config(folder: Path) -> dict:
     """The folder's `tokenizer_config.json`, or {}.
 
@@ -169,11 +188,12 @@ def read_tokenizer_config(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes(), unique=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a JSON object") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}; expected a JSON object")
+    refuse_misspelt(config, _CONFIG_KEYS, path)
     return config
 
 
@@ -187,8 +207,8 @@ def read_chat_template(folder: Path, config: dict) -> str | None:
             raise UserError(f"{path}: cannot be read ({error}); expected a template") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {item.get("name"): item.get("template") for item in template}
-        template = named.get("default")
+        default = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = default[-1].get("template") if default else None
     return template if isinstance(template, str) else None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from danube_jax import files
 from danube_jax.errors import UserError
+from danube_jax.untrusted import READ_ERRORS, parse_json
 
 HELD_OUT_ROWS = 40
 MMLU_GROUP = "mmlu"
@@ -317,7 +318,7 @@ def _read(path: Path, fields: Sequence[str]) -> list[Row]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append(_parse(line, f"{path}, line {number}", fields))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (*READ_ERRORS, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected JSON lines") from None
     if not rows:
         raise UserError(f"{path}: holds no rows; expected a JSON object a line")
@@ -326,7 +327,7 @@ def _read(path: Path, fields: Sequence[str]) -> list[Row]:
 
 def _parse(line: str, where: str, fields: Sequence[str]) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where}: {error}; expected a JSON object") from None
     missing = [key for key in fields if not isinstance(row, dict) or key not in row]

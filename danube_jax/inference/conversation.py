@@ -1,13 +1,13 @@
 """A conversation's state and the language of the chat prompt; nothing here knows a model."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from danube_jax import files
 from danube_jax.data.chat import check_messages
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json
 
 COMMANDS = {
     "help": "this list",
@@ -67,9 +67,9 @@ class Conversation:
           UserError: unreadable, or no conversation of questions and answers in turn.
         """
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            value = parse_json(Path(path).read_bytes())
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "no JSON"
+            reason = error.strerror if isinstance(error, OSError) else f"no JSON: {error}"
             raise UserError(f"{path}: cannot be read ({reason})") from None
         if not isinstance(value, dict) or "messages" not in value:
             raise UserError(f'{path}: expected a JSON object with "messages"')
