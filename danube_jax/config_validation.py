@@ -17,7 +17,7 @@ COMPUTE_DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "xla", "blocked", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 VERIFY_MODES = ("auto", "always", "never")
-# Far beyond any model that fits a machine; what is larger is a mistake, or meant to fill the memory.
+# Far beyond any model; what is larger is a mistake, or meant to fill the memory.
 MOST = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), 2**20),
     **dict.fromkeys(("head_dim", "num_key_value_heads"), 2**20),

@@ -49,7 +49,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_surrogates(value: Any) -> None:
     if isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError("a text is not valid Unicode (half of a surrogate pair)")
+            raise ValueError("is not valid Unicode: a text holds half of a surrogate pair")
     elif isinstance(value, dict):
         for key, item in value.items():
             _refuse_surrogates(key)

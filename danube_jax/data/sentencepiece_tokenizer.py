@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import sentencepiece
 
 from danube_jax import files
+from danube_jax.data.control_names import ControlNames
 from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer
 from danube_jax.errors import UserError
 from danube_jax.untrusted import parse_json, refuse_misspelt
@@ -107,9 +107,11 @@ class SentencePieceTokenizer(Tokenizer):
         return {self.model.id_to_piece(i): i for i in self.special_ids}
 
     @functools.cached_property
-    def _control_names(self) -> re.Pattern:
-        names = sorted(self._control_ids, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, names))})")
+    def _control_names(self) -> ControlNames:
+        return ControlNames(self._control_ids)
+
+    def control_names(self) -> ControlNames:
+        return self._control_names
 
     def encode_markup(self, text: str) -> list[int]:
         ids = []
@@ -117,7 +119,7 @@ class SentencePieceTokenizer(Tokenizer):
             if i % 2:
                 ids.append(self._control_ids[part])
             elif part:
-                ids += self.model.encode(part)
+                ids += self.model.encode(self._control_names.unshield(part))
         return ids
 
     def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
@@ -129,6 +131,7 @@ class SentencePieceTokenizer(Tokenizer):
                 ids.append(self._control_ids[part])
                 ends.append(position + len(part))
             elif part:
+                part = self._control_names.unshield(part)
                 pieces = self.model.encode(part, return_type="proto").pieces
                 # The library counts bytes; the byte at which a character begins → its number.
                 sizes = [len(character.encode()) for character in part]
