@@ -49,6 +49,7 @@ _OTHER_KEYS = {
     *("extra_special_tokens", "additional_special_tokens", ORIGIN),  # tokenizer.json has them
 }
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
+_TRIAL = "Tokens, 12 of them:\n\té 漢 🙂"
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -156,7 +157,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self._encode_markup(text)
-        return encoding.ids, [end for _, end in encoding.offsets]
+        # A piece without characters, such as a space put in front, goes with the next one.
+        ends = [
+            end if end > start else min(start + 1, len(text)) for start, end in encoding.offsets
+        ]
+        return encoding.ids, ends
 
     def _spells_control_tokens(self) -> bool:
         """Whether plain text can become a control token by its vocabulary, as Unigram's can."""
@@ -280,13 +285,22 @@ def is_made_of_sentencepiece(folder: Path) -> bool:
     )
 
 
+def is_changed_since_export(folder: Path) -> bool:
+    """Whether a file that our own export wrote into `folder` is there with other contents."""
+    origin = read_tokenizer_config(folder).get(ORIGIN)
+    return isinstance(origin, dict) and any(
+        (folder / name).is_file() and file_tools.sha256_file(folder / name) != origin.get(name)
+        for name in (MODEL_FILE, TOKENIZER_JSON)
+    )
+
+
 def _load(path: Path, folder: Path | None, config: dict) -> Any:
     """The object of transformers, without network."""
     from transformers import PreTrainedTokenizerFast
 
     try:
         if folder is None:
-            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+            return _tried(PreTrainedTokenizerFast(tokenizer_file=str(path)))
         if "auto_map" in config:
             raise UserError(
                 f"{folder}: the tokenizer needs Python code of its own (auto_map), which is not "
@@ -294,20 +308,33 @@ def _load(path: Path, folder: Path | None, config: dict) -> Any:
             )
         if config.get("tokenizer_class") in GENERIC_CLASSES:
             # What AutoTokenizer takes for these, without the import of PyTorch.
-            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            return _tried(
+                PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            )
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+        return _tried(
+            AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         )
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the tokenizers library raises plain Exceptions
+    except BaseException as error:  # plain ones, and the panics of a library in Rust
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: cannot be read as a tokenizer ({reason}); expected files that transformers' "
             "AutoTokenizer loads"
         ) from None
+
+
+def _tried(loaded: Any) -> Any:
+    """The tokenizer, once it has encoded and decoded a little."""
+    loaded.decode(loaded(_TRIAL)["input_ids"])
+    vocabulary = loaded.get_vocab()
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise ValueError("two pieces of the vocabulary have one id")
+    return loaded
 
 
 def _types(node: Any) -> list[str]:

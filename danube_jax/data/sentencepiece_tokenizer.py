@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from danube_jax import files
 from danube_jax.data.control_names import ControlNames
@@ -138,7 +140,8 @@ class SentencePieceTokenizer(Tokenizer):
                 starts = np.cumsum([0, *sizes])
                 ids += [piece.id for piece in pieces]
                 at = np.searchsorted(starts, [piece.end for piece in pieces], side="left")
-                ends += (position + at).tolist()
+                # The space put in front is no character of the text; it goes with the first one.
+                ends += (position + np.maximum(at, 1)).tolist()
             position += len(part)
         return ids, ends
 
@@ -292,7 +295,12 @@ def _parse(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         if not data or not model.LoadFromSerializedProto(data) or model.vocab_size() < 1:
             raise RuntimeError("empty")
-    except RuntimeError:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+        if not proto.HasField("trainer_spec") or not proto.HasField("normalizer_spec"):
+            raise RuntimeError("it breaks off")  # these follow the pieces
+        pieces = [piece.piece for piece in proto.pieces]
+        model.encode(" ".join(pieces[:1000]))
+    except (RuntimeError, DecodeError, UnicodeDecodeError):
         raise UserError(
             f"{path}: damaged or not a SentencePiece model; expected a .model file"
         ) from None

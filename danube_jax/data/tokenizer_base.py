@@ -67,7 +67,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
-        """As `encode_markup`, and for each id where in `text` its characters end."""
+        """As `encode_markup`, and for each id where in `text` its characters end.
+
+        One that stands for no character of it ends with the character that follows.
+        """
 
     @abc.abstractmethod
     def encode_prompt(self, text: str) -> list[int]:
