@@ -56,8 +56,9 @@ class Conversation:
         """Writes `{"messages": […]}`, whole or not at all."""
         try:
             files.write_json(path, {"messages": self.messages()})
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # a name with NUL in it, too
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be written ({reason})") from None
 
     @classmethod
     def load(cls, path: str | Path) -> "Conversation":
@@ -67,9 +68,11 @@ class Conversation:
           UserError: unreadable, or no conversation of questions and answers in turn.
         """
         try:
+            if Path(path).exists() and not Path(path).is_file():  # a device has no end
+                raise ValueError("it is no regular file")
             value = parse_json(Path(path).read_bytes())
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"no JSON: {error}"
+            reason = error.strerror if isinstance(error, OSError) else f"no conversation: {error}"
             raise UserError(f"{path}: cannot be read ({reason})") from None
         if not isinstance(value, dict) or "messages" not in value:
             raise UserError(f'{path}: expected a JSON object with "messages"')

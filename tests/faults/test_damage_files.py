@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import Kind, Result, check, other_json, other_lines
-from fork_commands import ForkServer, fork_server
+from damage import Kind, Result, check, damages, other_json, other_lines
+from fork_commands import TRACEBACK, ForkServer, fork_server
 from safetensors.numpy import load_file, save_file
 from scripted_judge import ScriptedJudge, completion
 from tiny_folder import CONFIG, write_tiny_folder
@@ -21,7 +21,13 @@ from tuning_config import conversation_rows, write_config, write_rows
 
 pytest.importorskip("lm_eval")
 
-FULL = 20  # damages a kind in the full form
+FULL_QUICK, FULL_SLOW = 40, 10  # damages a kind in the full form
+PRELOAD = (
+    *("danube_jax.training.loop", "danube_jax.training.tuning", "danube_jax.interop.peft"),
+    *("danube_jax.data.corpus.pipeline", "danube_jax.data.corpus.html", "pyarrow.parquet"),
+    *("danube_jax.evaluation.harness", "danube_jax.evaluation.mt_bench_run"),
+    *("lm_eval.evaluator", "lm_eval.tasks", "datasets"),
+)
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 # Values of a config.json that nothing else in the folder confirms, and others that are not used.
 FREE = (
@@ -33,9 +39,8 @@ FREE = (
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("compiled"))
-    names = ("danube_jax.training.loop", "danube_jax.evaluation.harness", "pyarrow.parquet")
     with fork_server(
-        *names, JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+        *PRELOAD, JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
     ) as forks:
         yield forks
 
@@ -348,10 +353,10 @@ def _mt_bench(
             return done, None
         summary = json.loads(result.read_text())
         del summary["judge"]
-        answers = (output / "mt_bench_answers.jsonl").read_text()
-        return done, (summary, answers)
+        answers = (output / "mt_bench_answers.jsonl").read_text().splitlines()
+        return done, (summary, sorted(answers))
 
-    if name.startswith("mt_bench_"):
+    if name in ("mt_bench_answers.jsonl", "mt_bench_judgments.jsonl"):
         finished, _ = run()
         assert finished.status == 0, finished.err
         shutil.copy(output / name, kept)
@@ -439,8 +444,29 @@ def test_quick_damage(name, server, tmp_path):
 @pytest.mark.faults
 @pytest.mark.timeout(3_600)
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_damage(name, server, tmp_path, record_property):
-    outcomes = check((QUICK | SLOW)[name](server, tmp_path), name, FULL)
-    assert sum(outcomes.values()) == FULL
-    record_property("outcomes", dict(outcomes))
+def test_damage(name, server, tmp_path):
+    count = FULL_QUICK if name in QUICK else FULL_SLOW
+    outcomes = check((QUICK | SLOW)[name](server, tmp_path), name, count)
+    assert sum(outcomes.values()) == count
     print(f"{name}: {dict(outcomes)}")
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 6))]
+)
+def test_damaged_replies_of_a_judge(seed, server, tmp_path):
+    """Every reply but the first is damaged; what is no verdict is asked for again."""
+    reply = completion("It is fine.\\n\\nRating: [[7]]")[1]
+
+    def script(number, body):
+        damaged = list(damages(reply, f"reply {seed}", 1, number))
+        return 200, damaged[0][1] if number else reply
+
+    kind = _mt_bench(server, tmp_path, "mt_bench_question.jsonl", _never, ScriptedJudge(script))
+    done, _ = kind.run()
+    assert done.status in (0, 2), done.err
+    assert TRACEBACK not in done.err
+    assert len(done.errors) == (done.status == 2), done.err
+    for line in (tmp_path / "out" / "mt_bench_judgments.jsonl").read_text().splitlines():
+        grade = json.loads(line)
+        assert f"[{grade['score']:g}" in grade["text"]  # never one that no reply has
