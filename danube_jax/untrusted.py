@@ -15,12 +15,13 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abAB-F]", re.ASCII)
 
 
-def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
     """`json.loads` whose every failure is a ValueError.
 
     Args:
       text: JSON; bytes are UTF-8.
-      unique: whether an object that has a key twice is refused, instead of its last value taken.
+      strict: for settings: an object that has a key twice is refused, instead of its last value
+        taken, and so is a whole number that no machine word holds.
 
     Raises:
       ValueError: no JSON, no UTF-8, nested too deeply, or a text with half of a surrogate pair,
@@ -29,7 +30,7 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
     if isinstance(text, bytes):
         text = text.decode()
     try:
-        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+        value = json.loads(text, **(_STRICT if strict else {}))
         if _SURROGATE_ESCAPE.search(text):
             _refuse_surrogates(value)
     except RecursionError:
@@ -44,6 +45,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"{twice!r} stands in it twice")
     return out
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return value
+
+
+_STRICT = {"object_pairs_hook": _unique, "parse_int": _whole}
 
 
 def _refuse_surrogates(value: Any) -> None:

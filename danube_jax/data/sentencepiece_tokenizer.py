@@ -194,7 +194,7 @@ def read_tokenizer_config(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        config = parse_json(path.read_bytes(), unique=True)
+        config = parse_json(path.read_bytes(), strict=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a JSON object") from None
     if not isinstance(config, dict):

@@ -130,6 +130,7 @@ def render_apart(
         "messages": [dict(message) for message in messages],
         "special_tokens": dict(special_tokens),
         "options": dict(options),
+        "seconds": CPU_SECONDS,
     }
     with _lock:
         if _renderer is None or _renderer.owner != os.getpid():
@@ -168,7 +169,7 @@ def _serve() -> None:
     _limit_memory()
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, request.pop("seconds"))
         try:
             text, spans = render_here(**request)
             size = sum(len(json.dumps(message)) for message in request["messages"])

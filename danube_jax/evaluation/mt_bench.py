@@ -385,7 +385,7 @@ class Journal:
 def _intact(line: bytes) -> dict[str, Any] | None:
     """The row of a line without its checksum, or None where that is not the row's."""
     try:
-        row = parse_json(line, unique=True)
+        row = parse_json(line, strict=True)
     except ValueError:
         return None
     if not isinstance(row, dict):

@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: it is missing, unreadable or holds something else.
     """
     try:
-        content = parse_json(path.read_bytes(), unique=True)
+        content = parse_json(path.read_bytes(), strict=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

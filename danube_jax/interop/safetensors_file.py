@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             (length,) = struct.unpack("<Q", _exactly(file.read(8), 8))
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = parse_json(file.read(length), unique=True)
+            header = parse_json(file.read(length), strict=True)
         header.pop("__metadata__", None)
         entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
     except OSError as error:

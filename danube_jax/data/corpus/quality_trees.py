@@ -18,7 +18,7 @@ from danube_jax.errors import UserError
 from danube_jax.untrusted import parse_json
 
 FORMAT = "danube_jax.quality_trees"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HASH_BITS = 12
 SAMPLE_CHARACTERS = 20_000  # a document is judged by its beginning
 STATISTICS = (
@@ -119,6 +119,8 @@ class TreesScorer:
                 raise ValueError(f"format {saved['format']!r}, version {saved['version']!r}")
             if saved["statistics"] != list(STATISTICS) or saved["hash_bits"] != HASH_BITS:
                 raise ValueError("made for other features")
+            if saved["sha256"] != files.sha256_json([saved["trees"], saved["report"]]):
+                raise ValueError("damaged: its checksum differs")
             return cls(saved["trees"], saved["report"])
         except (OSError, ValueError, KeyError, TypeError, _lightgbm().basic.LightGBMError) as error:
             raise UserError(
@@ -137,6 +139,7 @@ class TreesScorer:
                 "hash_bits": HASH_BITS,
                 "report": self.report,
                 "trees": self._trees,
+                "sha256": files.sha256_json([self._trees, self.report]),
             },
         )
 
