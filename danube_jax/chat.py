@@ -20,6 +20,7 @@ from absl import flags
 
 from danube_jax import command_line
 from danube_jax.console import info
+from danube_jax.errors import printable
 from danube_jax.inference import sampling_flags
 
 _MODEL = flags.DEFINE_string("model", None, "A workdir, a checkpoint step, or a HF folder.")
@@ -43,8 +44,10 @@ def main(argv: Sequence[str]) -> int:
     )
     generator: list[Any] = []  # loaded once the session's arguments are known to be good
 
+    shown = printable if sys.stdout.isatty() else str  # a pipe gets what the model wrote
+
     def write(text: str) -> None:
-        print(text, end="", flush=True)
+        print(shown(text), end="", flush=True)
 
     session = ChatSession(
         stream=lambda ids, sampling: generator[0].stream(ids, sampling),

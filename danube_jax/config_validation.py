@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from danube_jax.errors import UserError
@@ -16,6 +17,13 @@ COMPUTE_DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "xla", "blocked", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 VERIFY_MODES = ("auto", "always", "never")
+# Far beyond any model; what is larger is a mistake, or meant to fill the memory.
+MOST = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), 2**20),
+    **dict.fromkeys(("head_dim", "num_key_value_heads"), 2**20),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "sliding_window"), 2**27),
+    "num_hidden_layers": 2**12,
+}
 MODEL_TYPES = ("mistral", "llama")
 INIT_TAKES = ("weights", "weights_and_optimizer")
 NEW_ROWS = ("init", "old_statistics")
@@ -76,7 +84,7 @@ def _positive(section: str, node: Any, *keys: str, zero: bool = False) -> None:
     """Every named field of `node` is None or positive (or zero where `zero`)."""
     for key in keys:
         value = getattr(node, key)
-        fine = value is None or value > 0 or (zero and value == 0)
+        fine = value is None or 0 < value < math.inf or (zero and value == 0)
         expected = "zero or a positive number" if zero else "a positive number"
         _require(fine, f"config.{section}.{key}", value, expected)
 
@@ -94,6 +102,9 @@ def validate_model(model: ModelConfig) -> None:
     _positive("model", model, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     _positive("model", model, "max_position_embeddings", "sliding_window", "rope_theta")
     _positive("model", model, "rms_norm_eps", "initializer_range", "head_dim")
+    for key, most in MOST.items():
+        value = getattr(model, key)
+        _require(value is None or value <= most, f"config.model.{key}", value, f"at most {most:,}")
     _require(
         model.num_attention_heads % model.num_key_value_heads == 0,
         "config.model.num_key_value_heads",

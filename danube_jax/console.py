@@ -9,6 +9,8 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.markup import escape
 
+from danube_jax.errors import printable
+
 console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
 
 PLAIN_PROGRESS_SECONDS = 10.0
@@ -16,12 +18,12 @@ PLAIN_PROGRESS_SECONDS = 10.0
 
 def info(message: str) -> None:
     """Prints one line."""
-    console.print(escape(message))
+    console.print(escape(printable(message)))
 
 
 def warn(message: str) -> None:
     """Prints one warning line: a choice that was made for the user."""
-    console.print(f"[yellow]warning:[/yellow] {escape(message)}")
+    console.print(f"[yellow]warning:[/yellow] {escape(printable(message))}")
 
 
 @contextlib.contextmanager

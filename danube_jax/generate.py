@@ -24,7 +24,7 @@ from absl import flags
 
 from danube_jax import command_line, files
 from danube_jax.console import info, progress
-from danube_jax.errors import UserError
+from danube_jax.errors import UserError, printable
 from danube_jax.inference import sampling_flags
 
 _MODEL = flags.DEFINE_string("model", None, "A workdir, a checkpoint step, or a HF folder.")
@@ -138,6 +138,11 @@ def _open_output(path: str | None) -> Iterator[BinaryIO | None]:
         raise UserError(f"--output: {path!r} is inside a file; expected a folder") from None
 
 
+def _for_reader(text: str) -> str:
+    """A terminal is not to be steered by a model's words; a pipe gets what it wrote."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 def _show_stream(generator: Any, prompt: Any, sampling: Any) -> int:
     from danube_jax.inference.requests import trim_answer
 
@@ -147,7 +152,7 @@ def _show_stream(generator: Any, prompt: Any, sampling: Any) -> int:
         for chunk in generator.stream(prompt.tokens, sampling):
             text += chunk.text
             visible = text if prompt.request.messages is None else trim_answer(text)
-            print(visible[shown:], end="", flush=True)
+            print(_for_reader(visible[shown:]), end="", flush=True)
             shown, count = len(visible), count + len(chunk.tokens)
     print(flush=True)
     return count
@@ -190,7 +195,7 @@ def _show(rows: list[dict], file: BinaryIO | None, tokenizer: Any) -> None:
     for row in rows:
         if len(rows) > 1:
             print(f"--- sample {row['sample'] + 1}")
-        print(row["text"])
+        print(_for_reader(row["text"]))
         for i, token in enumerate(row["tokens"] if _LOGPROBS.value else ()):
             likeliest = " ".join(
                 f"{tokenizer.piece(other)!r}:{logprob:.3f}"

@@ -4,6 +4,7 @@ import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from danube_jax.data import template_process
 from danube_jax.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -112,6 +113,8 @@ def render(
 ) -> str:
     """Renders a conversation in transformers' own sandbox, as `apply_chat_template` does.
 
+    A template that is none of `TEMPLATES` is rendered in a process with limits on time and memory.
+
     Args:
       template: Jinja source.
       messages: each with `role` (one of `ROLES`) and `content`.
@@ -134,8 +137,7 @@ def render_with_spans(
     Raises:
       UserError: as `render`.
     """
-    text, spans = _render(template, messages, special_tokens, return_assistant_tokens_mask=True)
-    return text, [(int(start), int(end)) for start, end in spans]
+    return _render(template, messages, special_tokens, return_assistant_tokens_mask=True)
 
 
 def _render(
@@ -143,24 +145,8 @@ def _render(
     messages: Sequence[Mapping[str, str]],
     special_tokens: Mapping[str, str],
     **options: bool,
-) -> tuple[str, list]:
+) -> tuple[str, list[tuple[int, int]]]:
     check_messages(messages)
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        rendered, spans = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            chat_template=template,
-            **options,
-            **special_tokens,
-        )
-    except jinja2.exceptions.TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template is not valid Jinja: {error.message} (line {error.lineno})"
-        ) from None
-    except jinja2.exceptions.TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"the chat template failed on this conversation: {error!r}") from None
-    return rendered[0], spans[0] if spans else []
+    ours = template in TEMPLATES.values()
+    render_it = template_process.render_here if ours else template_process.render_apart
+    return render_it(template, messages, special_tokens, options)

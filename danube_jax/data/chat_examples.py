@@ -194,6 +194,7 @@ class ChatEncoder:
 
     def _render(self, messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text, and where in it each answer stands, with what ends it."""
+        messages = self.tokenizer.shield(messages)
         if "{% generation %}" in (self.tokenizer.chat_template or "").replace("%-", "%"):
             return chat.render_with_spans(
                 self.tokenizer.chat_template, messages, self.tokenizer.special_tokens

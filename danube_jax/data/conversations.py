@@ -164,7 +164,8 @@ def parse_messages(value: Any, name: str) -> list[Message]:
             if role not in ROLES:
                 raise UserError(f"{name}[{i}].role: {role!r}; expected one of {', '.join(ROLES)}")
         else:
-            role, content, key = _SHAREGPT_ROLES.get(item.get("from")), item.get("value"), "value"
+            speaker, content, key = item.get("from"), item.get("value"), "value"
+            role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
             if role is None:
                 raise UserError(
                     f"{name}[{i}]: unknown role {item.get('from')!r}; expected one of "

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from danube_jax import files as file_tools
+from danube_jax.data.control_names import ControlNames, is_shielded
 from danube_jax.data.sentencepiece_tokenizer import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -46,7 +48,14 @@ _OTHER_KEYS = {
     *("backend", "is_local", "local_files_only", "transformers_version", "tokenizer_file"),
     *("extra_special_tokens", "additional_special_tokens", ORIGIN),  # tokenizer.json has them
 }
+_NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
+_TRIAL = "Tokens, 12 of them:\n\té 漢 🙂"
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _marks(names: ControlNames) -> dict[str, str]:
+    """A noncharacter of Unicode for each character that a name begins with."""
+    return dict(zip(names.firsts, _NONCHARACTERS, strict=False))
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -83,6 +92,8 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer.no_truncation()
             tokenizer.no_padding()
             tokenizer.encode_special_tokens = plain
+        if self._spells_control_tokens():
+            self._plain = self._renamed
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
             raise UserError(f"{self.path}: the vocabulary is empty; expected a tokenizer")
@@ -142,11 +153,74 @@ class HuggingFaceTokenizer(Tokenizer):
         return [self._frame(one.ids, bos, eos) for one in encoded]
 
     def encode_markup(self, text: str) -> list[int]:
-        return self._markup.encode(text, add_special_tokens=False).ids
+        return self._encode_markup(text).ids
 
     def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
-        encoding = self._markup.encode(text, add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets]
+        encoding = self._encode_markup(text)
+        # A piece without characters, such as a space put in front, goes with the next one.
+        ends = [
+            end if end > start else min(start + 1, len(text)) for start, end in encoding.offsets
+        ]
+        return encoding.ids, ends
+
+    def _spells_control_tokens(self) -> bool:
+        """Whether plain text can become a control token by its vocabulary, as Unigram's can."""
+        names = self._control_names.names
+        texts = [text for name in names for text in (name, f"a {name} b", f"a{name}b")]
+        ids = {self._markup.token_to_id(name) for name in names}
+        encoded = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        return any(ids & set(one.ids) for one in encoded)
+
+    def _encode_markup(self, text: str) -> tokenizers.Encoding:
+        if not is_shielded(text):
+            return self._markup.encode(text, add_special_tokens=False)
+        names, marks = self._control_names, _marks(self._control_names)
+        strange = next((mark for mark in marks.values() if mark in text), None)
+        if strange is not None:
+            raise UserError(
+                f"a text holds U+{ord(strange):04X}, which is no character, beside the name of a "
+                "control token; expected it without"
+            )
+        text = names.unshield(names.mark(text, marks))
+        return self._renamed.encode(text, add_special_tokens=False)
+
+    def control_names(self) -> ControlNames:
+        return self._control_names
+
+    @functools.cached_property
+    def _control_names(self) -> ControlNames:
+        added = self._markup.get_added_tokens_decoder().values()
+        return ControlNames(token.content for token in added if token.special)
+
+    @functools.cached_property
+    def _renamed(self) -> tokenizers.Tokenizer:
+        """The tokenizer with marks for the first characters of its control tokens' names.
+
+        Under these names they are what they were; the names that people write mean nothing to it.
+        """
+        spec, names = json.loads(self._markup.to_str()), self._control_names
+        new = {name: names.mark(name, _marks(names)) for name in names.names}
+        for token in spec["added_tokens"]:
+            token["content"] = new.get(token["content"], token["content"])
+        model = spec["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {new.get(piece, piece): i for piece, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[new.get(piece, piece), *rest] for piece, *rest in model["vocab"]]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = new.get(model["unk_token"], model["unk_token"])
+        renamed = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        for old, name in new.items():
+            ids = [
+                tokenizer.encode(text, add_special_tokens=False).ids
+                for tokenizer, text in ((self._markup, old), (renamed, name))
+            ]
+            if ids[0] != ids[1]:
+                raise UserError(
+                    f"{self.path}: cannot tell the control token {old!r} from a text that spells "
+                    "it; expected messages that do not"
+                )
+        return renamed
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._markup.encode(text).ids
@@ -211,13 +285,22 @@ def is_made_of_sentencepiece(folder: Path) -> bool:
     )
 
 
+def is_changed_since_export(folder: Path) -> bool:
+    """Whether a file that our own export wrote into `folder` is there with other contents."""
+    origin = read_tokenizer_config(folder).get(ORIGIN)
+    return isinstance(origin, dict) and any(
+        (folder / name).is_file() and file_tools.sha256_file(folder / name) != origin.get(name)
+        for name in (MODEL_FILE, TOKENIZER_JSON)
+    )
+
+
 def _load(path: Path, folder: Path | None, config: dict) -> Any:
     """The object of transformers, without network."""
     from transformers import PreTrainedTokenizerFast
 
     try:
         if folder is None:
-            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+            return _tried(PreTrainedTokenizerFast(tokenizer_file=str(path)))
         if "auto_map" in config:
             raise UserError(
                 f"{folder}: the tokenizer needs Python code of its own (auto_map), which is not "
@@ -225,20 +308,33 @@ def _load(path: Path, folder: Path | None, config: dict) -> Any:
             )
         if config.get("tokenizer_class") in GENERIC_CLASSES:
             # What AutoTokenizer takes for these, without the import of PyTorch.
-            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            return _tried(
+                PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            )
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+        return _tried(
+            AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         )
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the tokenizers library raises plain Exceptions
+    except BaseException as error:  # plain ones, and the panics of a library in Rust
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: cannot be read as a tokenizer ({reason}); expected files that transformers' "
             "AutoTokenizer loads"
         ) from None
+
+
+def _tried(loaded: Any) -> Any:
+    """The tokenizer, once it has encoded and decoded a little."""
+    loaded.decode(loaded(_TRIAL)["input_ids"])
+    vocabulary = loaded.get_vocab()
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise ValueError("two pieces of the vocabulary have one id")
+    return loaded
 
 
 def _types(node: Any) -> list[str]:

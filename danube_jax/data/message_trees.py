@@ -4,6 +4,7 @@ A row has `message_id`, `parent_id` (null for the first question), `text`, `role
 'assistant'), `lang`, and, for replies that people ranked, `rank`: 0 is the best.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ def tree_message(row: Mapping[str, Any]) -> TreeMessage:
     if not is_tree_row(row):
         missing = [key for key in _KEYS if key not in row]
         raise UserError(f"no column {missing[0]!r}; expected {', '.join(_KEYS)}")
-    if row["role"] not in _ROLES:
+    if not isinstance(row["role"], str) or row["role"] not in _ROLES:
         raise UserError(f"role: {row['role']!r}; expected one of {', '.join(_ROLES)}")
     if not isinstance(row["text"], str) or not row["text"].strip():
         raise UserError("text: expected a text that is not empty")
@@ -63,6 +64,9 @@ class _Forest:
     def __init__(self, messages: Sequence[TreeMessage], language: str):
         kept = [m for m in messages if not language or m.language in ("", language)]
         self.by_id = {message.id: message for message in kept}
+        if len(self.by_id) != len(kept):
+            ids = collections.Counter(message.id for message in kept)
+            raise UserError(f"message_id {ids.most_common(1)[0][0]!r} stands in two rows")
         self.replies: dict[str, list[TreeMessage]] = {}
         for message in kept:
             if message.parent is not None:
@@ -70,10 +74,10 @@ class _Forest:
         self.messages = kept
 
     def history(self, message: TreeMessage) -> list[Message] | None:
-        """The messages up to and with this one, or None where the chain is broken."""
+        """The messages up to and with this one, or None where the chain is broken or a circle."""
         chain: list[Message] = []
         node: TreeMessage | None = message
-        while node is not None:
+        while node is not None and len(chain) < len(self.by_id):
             chain.append({"role": node.role, "content": node.text})
             if node.parent is None:
                 return _in_turn(chain[::-1])
@@ -118,7 +122,9 @@ def _best_leaves(forest: _Forest) -> Iterator[TreeMessage]:
 
 
 def _best_to_the_root(forest: _Forest, message: TreeMessage | None) -> bool:
-    while message is not None:
+    for _ in forest.messages:  # no more steps than that, should parents go round in a circle
+        if message is None:
+            break
         if message.role == "assistant" and not forest.is_best(message):
             return False
         message = forest.by_id.get(message.parent or "")

@@ -1,15 +1,15 @@
 """Rows of JSONL and Parquet files, with the place of each for error messages."""
 
 import contextlib
+import functools
 import gzip
-import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from danube_jax.console import warn
 from danube_jax.errors import UserError
+from danube_jax.untrusted import READ_ERRORS, parse_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ON_BAD_ROW = ("stop", "skip")
@@ -102,7 +102,7 @@ def _open(file: Path) -> Iterator[Any]:
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             yield stream
-    except (OSError, EOFError, zlib.error) as error:
+    except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{file}: cannot be read: {reason}") from None
 
@@ -117,7 +117,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
 def _json_list(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     with _open(file) as stream:
         try:
-            value = json.loads(stream.read().decode())
+            value = parse_json(stream.read())
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: {_not_utf8(error)}") from None
         except ValueError as error:
@@ -130,7 +130,7 @@ def _json_list(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 def _parse(line: bytes) -> Row:
     try:
-        return _object(json.loads(line.decode()))
+        return _object(parse_json(line))
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(error)) from None
     except ValueError as error:
@@ -157,11 +157,21 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
         ) from None
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
             for batch in table.iter_batches(1024):
-                for row in batch.to_pylist():
+                for i in range(batch.num_rows):
                     number += 1
-                    yield f"{file}, row {number}", lambda row=row: row
+                    yield f"{file}, row {number}", functools.partial(_parquet_row, batch, i)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: cannot be read as Parquet: {reason}") from None
+
+
+def _parquet_row(batch: Any, index: int) -> Row:
+    try:
+        (row,) = batch.slice(index, 1).to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(_not_utf8(error)) from None
+    except (ValueError, OverflowError) as error:  # a date beyond the calendar, say
+        raise UserError(f"cannot be read ({error})") from None
+    return row

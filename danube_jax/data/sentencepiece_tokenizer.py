@@ -5,19 +5,29 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from danube_jax import files
+from danube_jax.data.control_names import ControlNames
 from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json, refuse_misspelt
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
+# Keys of it that bear on us, and others that look like them.
+_CONFIG_KEYS = (
+    *("tokenizer_class", "auto_map", "added_tokens_decoder", "chat_template", "danube_jax"),
+    *("add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token", "pad_token"),
+    *("add_prefix_space", "clean_up_tokenization_spaces", "boi_token", "eoi_token"),
+)
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 MAX_LINE_BYTES = 2**30
 CHARACTER_COVERAGE = 0.99995  # as Llama: the rest is spelt in bytes
@@ -69,9 +79,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _read_folder(self, folder: Path) -> None:
         config = read_tokenizer_config(folder)
-        self.adds_bos = bool(config.get("add_bos_token", True))
-        added = [int(i) for i in config.get("added_tokens_decoder", {})]
-        if max(added, default=0) >= self.vocab_size:
+        self.adds_bos = config.get("add_bos_token", True)
+        if self.adds_bos is None:
+            self.adds_bos = False
+        added = config.get("added_tokens_decoder") or {}
+        if not isinstance(self.adds_bos, bool) or not _are_ids(added):
+            raise UserError(
+                f"{folder / CONFIG_FILE}: add_bos_token or added_tokens_decoder holds what it may "
+                "not; expected true or false, and an object of token ids"
+            )
+        if max(map(int, added), default=0) >= self.vocab_size:
             raise UserError(
                 f"{folder}: {CONFIG_FILE} adds tokens to the {self.vocab_size} of {MODEL_FILE}; "
                 "expected a tokenizer.json that holds them all"
@@ -92,9 +109,11 @@ class SentencePieceTokenizer(Tokenizer):
         return {self.model.id_to_piece(i): i for i in self.special_ids}
 
     @functools.cached_property
-    def _control_names(self) -> re.Pattern:
-        names = sorted(self._control_ids, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, names))})")
+    def _control_names(self) -> ControlNames:
+        return ControlNames(self._control_ids)
+
+    def control_names(self) -> ControlNames:
+        return self._control_names
 
     def encode_markup(self, text: str) -> list[int]:
         ids = []
@@ -102,7 +121,7 @@ class SentencePieceTokenizer(Tokenizer):
             if i % 2:
                 ids.append(self._control_ids[part])
             elif part:
-                ids += self.model.encode(part)
+                ids += self.model.encode(self._control_names.unshield(part))
         return ids
 
     def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
@@ -114,13 +133,15 @@ class SentencePieceTokenizer(Tokenizer):
                 ids.append(self._control_ids[part])
                 ends.append(position + len(part))
             elif part:
+                part = self._control_names.unshield(part)
                 pieces = self.model.encode(part, return_type="proto").pieces
                 # The library counts bytes; the byte at which a character begins → its number.
                 sizes = [len(character.encode()) for character in part]
                 starts = np.cumsum([0, *sizes])
                 ids += [piece.id for piece in pieces]
                 at = np.searchsorted(starts, [piece.end for piece in pieces], side="left")
-                ends += (position + at).tolist()
+                # The space put in front is no character of the text; it goes with the first one.
+                ends += (position + np.maximum(at, 1)).tolist()
             position += len(part)
         return ids, ends
 
@@ -159,6 +180,10 @@ class SentencePieceTokenizer(Tokenizer):
         return out
 
 
+def _are_ids(added: Any) -> bool:
+    return isinstance(added, dict) and all(i.isascii() and i.isdigit() for i in added)
+
+
 def read_tokenizer_config(folder: Path) -> dict:
     """The folder's `tokenizer_config.json`, or {}.
 
@@ -169,11 +194,12 @@ def read_tokenizer_config(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes(), strict=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a JSON object") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}; expected a JSON object")
+    refuse_misspelt(config, _CONFIG_KEYS, path)
     return config
 
 
@@ -187,8 +213,8 @@ def read_chat_template(folder: Path, config: dict) -> str | None:
             raise UserError(f"{path}: cannot be read ({error}); expected a template") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {item.get("name"): item.get("template") for item in template}
-        template = named.get("default")
+        default = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = default[-1].get("template") if default else None
     return template if isinstance(template, str) else None
 
 
@@ -269,7 +295,12 @@ def _parse(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         if not data or not model.LoadFromSerializedProto(data) or model.vocab_size() < 1:
             raise RuntimeError("empty")
-    except RuntimeError:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+        if not proto.HasField("trainer_spec") or not proto.HasField("normalizer_spec"):
+            raise RuntimeError("it breaks off")  # these follow the pieces
+        pieces = [piece.piece for piece in proto.pieces]
+        model.encode(" ".join(pieces[:1000]))
+    except (RuntimeError, DecodeError, UnicodeDecodeError):
         raise UserError(
             f"{path}: damaged or not a SentencePiece model; expected a .model file"
         ) from None

@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 from danube_jax.config import TokenizerConfig
+from danube_jax.console import warn
 from danube_jax.data.hf_tokenizer import (
     DEFINING_FILES,
     TOKENIZER_JSON,
     HuggingFaceTokenizer,
+    is_changed_since_export,
     is_made_of_sentencepiece,
 )
 from danube_jax.data.sentencepiece_tokenizer import (
@@ -50,6 +52,11 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
         return HuggingFaceTokenizer(path)
     if not path.is_dir():
         return SentencePieceTokenizer(path)
+    if is_changed_since_export(path):
+        warn(
+            f"{path}: tokenizer.json or tokenizer.model is not what was exported (its checksum "
+            "differs from the one in tokenizer_config.json): edited, or damaged"
+        )
     if (path / MODEL_FILE).is_file() and (
         not (path / TOKENIZER_JSON).is_file() or is_made_of_sentencepiece(path)
     ):

@@ -11,6 +11,7 @@ import numpy as np
 
 from danube_jax import files
 from danube_jax.data import chat
+from danube_jax.data.control_names import ControlNames
 from danube_jax.errors import UserError
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -59,11 +60,17 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_markup(self, text: str) -> list[int]:
-        """The ids of a text in which names of control tokens stand for these tokens; no BOS."""
+        """The ids of a text in which names of control tokens stand for these tokens; no BOS.
+
+        Names in messages that went through `shield` stay text.
+        """
 
     @abc.abstractmethod
     def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
-        """As `encode_markup`, and for each id where in `text` its characters end."""
+        """As `encode_markup`, and for each id where in `text` its characters end.
+
+        One that stands for no character of it ends with the character that follows.
+        """
 
     @abc.abstractmethod
     def encode_prompt(self, text: str) -> list[int]:
@@ -119,9 +126,32 @@ class Tokenizer(abc.ABC):
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """The ids of a conversation, as `apply_chat_template(tokenize=True)` gives them."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        """The ids of a conversation, as `apply_chat_template(tokenize=True)` gives them.
+
+        They differ where a message spells the name of a control token: that stays text here.
+        """
+        text = self.render_chat(self.shield(messages), add_generation_prompt=add_generation_prompt)
         return self.encode_markup(text)
+
+    @abc.abstractmethod
+    def control_names(self) -> ControlNames:
+        """The names that stand for control tokens in `encode_markup`."""
+
+    def shield(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+        """Messages in which names of control tokens are marked as text for `encode_markup`.
+
+        Raises:
+          UserError: the messages are none, or hold half of a surrogate pair.
+        """
+        chat.check_messages(messages)
+        for i, message in enumerate(messages):
+            try:
+                message["content"].encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"messages[{i}].content: is not valid Unicode ({error.reason}); expected UTF-8"
+                ) from None
+        return self.control_names().shield_messages(messages)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `files()` into a folder; each appears whole or not at all."""

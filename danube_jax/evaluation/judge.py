@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json
 
 # FastChat's patterns of a verdict: [[7]] as asked for, or [7].
 _VERDICTS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
@@ -189,7 +190,7 @@ class _Again(Exception):
 
 def _content(data: bytes) -> str:
     try:
-        content: Any = json.loads(data)["choices"][0]["message"]["content"]
+        content: Any = parse_json(data)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):
         shown = " ".join(data[:80].decode(errors="replace").split())
         raise _Again(f"answers what is no chat completion: {shown!r}") from None
@@ -203,7 +204,7 @@ def _content(data: bytes) -> str:
 def _said(error: urllib.error.HTTPError) -> str:
     """What an error's body says, shortened."""
     try:
-        value = json.loads(error.read(2_000))
+        value = parse_json(error.read(2_000))
         message = value.get("error", value)
         message = message.get("message", "") if isinstance(message, Mapping) else message
         return f" ({' '.join(str(message).split())[:120]})" if message else ""

@@ -20,6 +20,8 @@ from typing import Any
 
 from danube_jax import files
 from danube_jax.errors import UserError
+from danube_jax.evaluation import local_rows
+from danube_jax.untrusted import READ_ERRORS, parse_json
 
 HELD_OUT_ROWS = 40
 MMLU_GROUP = "mmlu"
@@ -39,6 +41,7 @@ class LocalTask:
       fewshot: examples where the user asks for no number.
       convert: rows of the file → rows of the task.
       overrides: rows of the file → further keys of the YAML.
+      check: whether a row holds what the task needs.
     """
 
     include: str
@@ -48,6 +51,7 @@ class LocalTask:
     fewshot: int = 0
     convert: Callable[[list[Row]], list[Row]] | None = None
     overrides: Callable[[list[Row]], Mapping[str, Any]] | None = None
+    check: local_rows.Check = bool
 
 
 def _hellaswag_overrides(rows: list[Row]) -> Mapping[str, Any]:
@@ -82,18 +86,21 @@ TASKS: Mapping[str, LocalTask] = {
         ("arc_challenge_test", "arc_challenge_val", "arc_challenge_train"),
         ("arc_challenge_train",),
         _ARC,
+        check=local_rows.labelled_choices("question"),
     ),
     "arc_easy": LocalTask(
         "arc/arc_easy.yaml",
         ("arc_easy_test", "arc_easy_val", "arc_easy_train"),
         ("arc_easy_train",),
         _ARC,
+        check=local_rows.labelled_choices("question"),
     ),
     "boolq": LocalTask(
         "super_glue/boolq/default.yaml",
         ("boolq_val", "boolq_train"),
         ("boolq_train",),
         ("question", "passage", "label"),
+        check=local_rows.one_of(2, "label", "question", "passage"),
     ),
     "gsm8k": LocalTask(
         "gsm8k/gsm8k.yaml",
@@ -101,51 +108,67 @@ TASKS: Mapping[str, LocalTask] = {
         ("gsm8k_train",),
         ("question", "answer"),
         fewshot=5,
+        check=local_rows.all_texts("question", "answer"),
     ),
     "hellaswag": LocalTask(
         "hellaswag/hellaswag.yaml",
         ("hellaswag_val", "hellaswag_train"),
         ("hellaswag_train",),
         overrides=_hellaswag_overrides,
+        check=local_rows.hellaswag,
     ),
     "nq_open": LocalTask(
         "nq_open/nq_open.yaml",
         ("nq_open_dev", "nq_open_val", "nq_open_train"),
         ("nq_open_train",),
         ("question", "answer"),
+        check=local_rows.answers,
     ),
     "openbookqa": LocalTask(
         "openbookqa/openbookqa.yaml",
         ("openbookqa_test", "openbookqa_val", "openbookqa_train"),
         ("openbookqa_train",),
         ("question_stem", "choices", "answerKey"),
+        check=local_rows.labelled_choices("question_stem"),
     ),
     "piqa": LocalTask(
         "piqa/piqa.yaml",
         ("piqa_val", "piqa_train"),
         ("piqa_train",),
         ("goal", "sol1", "sol2", "label"),
+        check=local_rows.one_of(2, "label", "goal", "sol1", "sol2"),
     ),
     "triviaqa": LocalTask(
         "triviaqa/default.yaml",
         ("triviaqa_val", "triviaqa_sub", "triviaqa_train"),
         ("triviaqa_train",),
         ("question", "answer"),
+        check=local_rows.aliases,
     ),
     "truthfulqa_mc1": LocalTask(
-        "truthfulqa/truthfulqa_mc1.yaml", ("truthfulqa_mc",), fields=("question", "mc1_targets")
+        "truthfulqa/truthfulqa_mc1.yaml",
+        ("truthfulqa_mc",),
+        fields=("question", "mc1_targets"),
+        check=local_rows.truthful("mc1_targets"),
     ),
     "truthfulqa_mc2": LocalTask(
-        "truthfulqa/truthfulqa_mc2.yaml", ("truthfulqa_mc",), fields=("question", "mc2_targets")
+        "truthfulqa/truthfulqa_mc2.yaml",
+        ("truthfulqa_mc",),
+        fields=("question", "mc2_targets"),
+        check=local_rows.truthful("mc2_targets"),
     ),
     "wikitext": LocalTask(
-        "wikitext/wikitext.yaml", ("wikitext2", "wikitext"), convert=_wikitext_articles
+        "wikitext/wikitext.yaml",
+        ("wikitext2", "wikitext"),
+        convert=_wikitext_articles,
+        check=local_rows.wikitext,
     ),
     "winogrande": LocalTask(
         "winogrande/default.yaml",
         ("winogrande_xl_val", "winogrande_val", "winogrande_xl_train", "winogrande_train"),
         ("winogrande_xl_train", "winogrande_train"),
         ("sentence", "option1", "option2", "answer"),
+        check=local_rows.winogrande,
     ),
 }
 _MMLU = LocalTask(
@@ -153,6 +176,7 @@ _MMLU = LocalTask(
     ("mmlu_test", "mmlu_val"),
     ("mmlu_dev",),
     ("question", "subject", "choices", "answer"),
+    check=local_rows.mmlu,
 )
 
 
@@ -201,7 +225,7 @@ def write_local_tasks(folder: Path, output: Path, fewshot: Mapping[str, int | No
         examples_path = _find(folder, task.examples)
         examples: list[Row] = []
         if number and examples_path is not None and examples_path != scored_path:
-            examples = _read(examples_path, task.fields)
+            examples = _read(examples_path, task)
         elif number:
             examples, rows = rows[:HELD_OUT_ROWS], rows[HELD_OUT_ROWS:]
             notes.append(
@@ -229,7 +253,7 @@ def _write_mmlu(folder: Path, output: Path, fewshot: int) -> None:
                 f"--local_data: {folder} has no file mmlu_dev*.jsonl[.gz]; the task mmlu takes its "
                 "few-shot examples from it"
             )
-        examples = _read(path, _MMLU.fields)
+        examples = _read(path, _MMLU)
     subjects = sorted({row["subject"] for row in rows})
     for subject in subjects:
         include = f"{_MMLU.include}/mmlu_{subject}.yaml"
@@ -307,29 +331,35 @@ def _read_scored(folder: Path, name: str, task: LocalTask) -> tuple[Path, list[R
         raise UserError(
             f"--local_data: {folder} has no data for the task {name}; expected a file {expected}"
         )
-    return path, _read(path, task.fields)
+    return path, _read(path, task)
 
 
-def _read(path: Path, fields: Sequence[str]) -> list[Row]:
+def _read(path: Path, task: LocalTask) -> list[Row]:
     rows = []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append(_parse(line, f"{path}, line {number}", fields))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+                    rows.append(_parse(line, f"{path}, line {number}", task))
+    except (*READ_ERRORS, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected JSON lines") from None
     if not rows:
         raise UserError(f"{path}: holds no rows; expected a JSON object a line")
     return rows
 
 
-def _parse(line: str, where: str, fields: Sequence[str]) -> Row:
+def _parse(line: str, where: str, task: LocalTask) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where}: {error}; expected a JSON object") from None
+    fields = task.fields
     missing = [key for key in fields if not isinstance(row, dict) or key not in row]
     if missing or not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object with {', '.join(fields)}")
+    if not task.check(row):
+        raise UserError(
+            f"{where}: {', '.join(fields) or 'a column'} holds what the task "
+            f"{Path(task.include).stem} cannot use; expected the columns of its data set"
+        )
     return row

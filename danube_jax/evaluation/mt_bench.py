@@ -11,12 +11,14 @@ them.
 import dataclasses
 import gzip
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import string
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from danube_jax.console import progress
+from danube_jax import files
+from danube_jax.console import progress, warn
 from danube_jax.data.tokenizer import Tokenizer
 from danube_jax.errors import UserError
 from danube_jax.evaluation.judge import Judge, JudgeError
@@ -24,6 +26,7 @@ from danube_jax.files import sha256_json
 from danube_jax.inference.conversation import Conversation, fit
 from danube_jax.inference.requests import trim_answer
 from danube_jax.inference.sampling import SamplingConfig
+from danube_jax.untrusted import READ_ERRORS, parse_json
 
 TURNS = 2
 MAX_TOKENS = 1_024
@@ -99,17 +102,20 @@ def read_mt_bench(folder: str | Path) -> MTBench:
     path = _find(folder, "*reference*", "the reference answers", "reference_answer/gpt-4*")
     for where, row in _rows(path):
         try:
-            references[row["question_id"]] = tuple(map(str, row["choices"][0]["turns"]))
+            id_, turns = row["question_id"], row["choices"][0]["turns"]
         except (LookupError, TypeError):
             raise UserError(f"{where}: expected question_id and choices[0].turns") from None
-    questions = []
+        references[_new_id(id_, references, where)] = _turns(turns, where, None)
+    questions, ids = [], set()
     for where, row in _rows(questions_path):
         try:
-            id_, category, turns = row["question_id"], row["category"], tuple(row["turns"])
+            id_, category, turns = row["question_id"], row["category"], row["turns"]
         except (LookupError, TypeError):
             raise UserError(f"{where}: expected question_id, category and turns") from None
-        if len(turns) != TURNS or not all(isinstance(turn, str) for turn in turns):
-            raise UserError(f"{where}: expected {TURNS} turns of text")
+        id_, turns = _new_id(id_, ids, where), _turns(turns, where)
+        ids.add(id_)
+        if not isinstance(category, str):
+            raise UserError(f"{where}: category is {category!r}; expected a text")
         found = references.get(id_, ()) if category in WITH_REFERENCE else ()
         if category in WITH_REFERENCE and len(found) != TURNS:
             raise UserError(
@@ -120,14 +126,32 @@ def read_mt_bench(folder: str | Path) -> MTBench:
     return MTBench(tuple(questions), _read_prompts(folder))
 
 
+def _new_id(id_: Any, known: Container[int], where: str) -> int:
+    if type(id_) is not int or not 0 <= id_ < 2**40:
+        raise UserError(f"{where}: question_id is {id_!r}; expected a whole number")
+    if id_ in known:
+        raise UserError(f"{where}: question_id {id_} stands in it twice")
+    return id_
+
+
+def _turns(turns: Any, where: str, count: int | None = TURNS) -> tuple[str, ...]:
+    texts = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+    if not texts or (count is not None and len(turns) != count):
+        raise UserError(f"{where}: expected {TURNS} turns of text")
+    return tuple(turns)
+
+
 def _read_prompts(folder: Path) -> dict[str, JudgePrompt]:
     path = _find(folder, "*judge_prompts*", "the judge's prompts")
     prompts = {}
     for where, row in _rows(path):
         try:
-            prompts[row["name"]] = JudgePrompt(row["system_prompt"], row["prompt_template"])
+            texts = row["name"], row["system_prompt"], row["prompt_template"]
         except (LookupError, TypeError):
-            raise UserError(f"{where}: expected name, system_prompt and prompt_template") from None
+            texts = (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: expected name, system_prompt and prompt_template")
+        prompts[texts[0]] = JudgePrompt(*texts[1:])
     missing = [name for name in _PROMPTS.values() if name not in prompts]
     if missing:
         raise UserError(f"{path}: lacks the prompt {missing[0]!r}")
@@ -149,8 +173,8 @@ def _rows(path: Path) -> Iterable[tuple[str, Any]]:
         with opened(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+                    yield f"{path}, line {number}", parse_json(line)
+    except (*READ_ERRORS, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected JSON lines") from None
 
 
@@ -172,10 +196,22 @@ def judge_messages(
         **{f"ref_answer_{i}": text for i, text in enumerate(question.references, 1)},
     }
     try:
-        text = prompt.template.format(**fields)
-    except (KeyError, IndexError, ValueError) as error:
+        text = _fill_in(prompt.template, fields)
+    except (KeyError, ValueError) as error:
         raise UserError(f"the judge's prompt {name!r} cannot be filled in: {error}") from None
     return [{"role": "system", "content": prompt.system}, {"role": "user", "content": text}]
+
+
+def _fill_in(template: str, fields: Mapping[str, str]) -> str:
+    """`str.format` for names alone: no attributes, no widths of a billion characters."""
+    out = []
+    for text, name, spec, conversion in string.Formatter().parse(template):
+        out.append(text)
+        if name is not None:
+            if spec or conversion:
+                raise ValueError(f"{{{name}}} asks for a format; expected a name alone")
+            out.append(fields[name])
+    return "".join(out)
 
 
 def answer_questions(
@@ -323,23 +359,36 @@ class Journal:
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]):
-        """Reads what is there; a last line that was cut off is dropped."""
+        """Reads what is there; damaged rows, and a last one that was cut off, are dropped."""
         self._path, self._key = path, sha256_json(key)[:16]
         self.rows: list[dict[str, Any]] = []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and row.get("key") == self._key:
+        kept, damaged = [], 0
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+            row = _intact(line)
+            damaged += row is None and bool(line.strip())
+            if row is not None and row.get("key") == self._key:
                 self.rows.append(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        path.write_text(text, encoding="utf-8")
+                kept.append(line + b"\n")
+        if damaged:
+            warn(f"{path}: {damaged} damaged rows are left out, and made again")
+        files.write_bytes(path, b"".join(kept))
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row."""
-        self.rows.append({"key": self._key, **row})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.rows[-1], ensure_ascii=False) + "\n")
+        row = {"key": self._key, **row}
+        self.rows.append(row)
+        row = {"checksum": sha256_json(row)[:16], **row}
+        with self._path.open("ab") as file:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def _intact(line: bytes) -> dict[str, Any] | None:
+    """The row of a line without its checksum, or None where that is not the row's."""
+    try:
+        row = parse_json(line, strict=True)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    checksum = row.pop("checksum", None)
+    return row if checksum == sha256_json(row)[:16] else None

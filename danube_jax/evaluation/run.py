@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from danube_jax.errors import UserError
+from danube_jax.evaluation.answer_cache import without_pickle
 from danube_jax.evaluation.harness import DanubeLM
 
 
@@ -47,7 +48,7 @@ def run_tasks(
             "the model has no chat template, so it is a base model; leave out --chat, or name a "
             "template with --chat_template"
         )
-    with _usable(cache):
+    with _usable(cache), without_pickle():
         return lm_eval.simple_evaluate(
             model=lm,
             tasks=list(tasks),

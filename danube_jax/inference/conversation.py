@@ -1,13 +1,13 @@
 """A conversation's state and the language of the chat prompt; nothing here knows a model."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from danube_jax import files
 from danube_jax.data.chat import check_messages
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json
 
 COMMANDS = {
     "help": "this list",
@@ -56,8 +56,9 @@ class Conversation:
         """Writes `{"messages": […]}`, whole or not at all."""
         try:
             files.write_json(path, {"messages": self.messages()})
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # a name with NUL in it, too
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be written ({reason})") from None
 
     @classmethod
     def load(cls, path: str | Path) -> "Conversation":
@@ -67,9 +68,11 @@ class Conversation:
           UserError: unreadable, or no conversation of questions and answers in turn.
         """
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            if Path(path).exists() and not Path(path).is_file():  # a device has no end
+                raise ValueError("it is no regular file")
+            value = parse_json(Path(path).read_bytes())
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "no JSON"
+            reason = error.strerror if isinstance(error, OSError) else f"no conversation: {error}"
             raise UserError(f"{path}: cannot be read ({reason})") from None
         if not isinstance(value, dict) or "messages" not in value:
             raise UserError(f'{path}: expected a JSON object with "messages"')

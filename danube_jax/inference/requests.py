@@ -1,7 +1,6 @@
 """Requests for completions: files of prompts, their token ids, and rows of results."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from danube_jax.data.chat import check_messages
 from danube_jax.data.tokenizer import Tokenizer
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read_requests(path: str | Path, *, chat: bool = False, system: str = "") -> 
 
 def _parse_line(line: str, number: int, where: str) -> Request:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where}: {error}; expected a JSON object") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):

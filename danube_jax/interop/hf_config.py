@@ -14,9 +14,15 @@ from typing import Any
 
 from danube_jax.config import ModelConfig, parse_model_config
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json, refuse_misspelt
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+# Keys of generation_config.json that bear on us, and others that look like them.
+GENERATION_KEYS = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "top_h"),
+)
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 
 _SHARED_DEFAULTS: dict[str, Any] = {
@@ -82,6 +88,14 @@ _LACKING: dict[str, tuple[Any, ...]] = {
 }
 
 
+_KNOWN = {
+    *(key for defaults in DEFAULTS.values() for key in defaults),
+    *_LACKING,
+    *("architectures", "model_type", "layer_types", "sliding_window"),
+    *("rope_theta", "rope_scaling", "rope_parameters"),
+}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -89,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: it is missing, unreadable or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes(), strict=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -125,6 +139,7 @@ def model_config(content: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
       UserError: the architecture or a feature is not ours, or a value is impossible.
     """
+    refuse_misspelt(content, _KNOWN, where)
     model_type = _model_type(content, where)
     _refuse_lacking(content, where)
     values = {key: content.get(key, default) for key, default in DEFAULTS[model_type].items()}
@@ -171,10 +186,12 @@ def _model_type(content: Mapping[str, Any], where: str) -> str:
             "Llama or Mistral model"
         )
     known = ", ".join(ARCHITECTURES)
+    if not isinstance(architectures, list):
+        raise _unsupported(where, "architectures", architectures, f"a list of one of {known}")
     for name in architectures:
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise _unsupported(where, "architectures", name, f"one of {known}")
-    if model_type and model_type not in DEFAULTS:
+    if model_type and (not isinstance(model_type, str) or model_type not in DEFAULTS):
         raise _unsupported(where, "model_type", model_type, "llama or mistral")
     if architectures:
         named = ARCHITECTURES[architectures[0]]
@@ -210,9 +227,13 @@ def _sliding_window(
         raise UserError(f"{where}: sliding_window is {window!r}; expected null or a positive size")
     wanted = "full_attention" if window is None else "sliding_attention"
     layer_types = content.get("layer_types")
-    if layer_types is not None and set(layer_types) != {wanted}:
+    fine = isinstance(layer_types, list) and layer_types and all(t == wanted for t in layer_types)
+    if layer_types is not None and not fine:
         raise _unsupported(where, "layer_types", layer_types, f"every layer {wanted}")
     return window
+
+
+_ROPE_KEYS = ("rope_theta", "rope_type", "partial_rotary_factor")
 
 
 def _rope_theta(content: Mapping[str, Any], where: str) -> float:
@@ -223,6 +244,7 @@ def _rope_theta(content: Mapping[str, Any], where: str) -> float:
             continue
         if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
             raise _unsupported(where, key, rope, "one set of RoPE parameters for all layers")
+        refuse_misspelt(rope, _ROPE_KEYS, f"{where}: {key}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", None):
             raise _unsupported(where, f"{key}.rope_type", kind, "default (no RoPE scaling)")
@@ -231,7 +253,7 @@ def _rope_theta(content: Mapping[str, Any], where: str) -> float:
             raise _unsupported(where, f"{key}.partial_rotary_factor", factor, "1.0")
         stated = rope.get("rope_theta")
         if stated is not None:
-            if theta is not None and float(theta) != float(stated):
+            if theta is not None and theta != stated:
                 raise UserError(
                     f"{where}: rope_theta={theta!r} and {key}.rope_theta={stated!r} contradict "
                     "each other; expected one value"

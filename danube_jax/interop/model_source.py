@@ -20,6 +20,7 @@ from danube_jax.interop.step_params import DamagedCheckpoint, LeafPath, StepPara
 from danube_jax.interop.weight_files import WeightFiles
 from danube_jax.models.lora import LoraConfig, abstract_adapters, merge_kernel
 from danube_jax.models.projections import FUSED, projection_shapes
+from danube_jax.untrusted import refuse_misspelt
 
 Params = dict[str, Any]
 Kind = Literal["workdir", "huggingface"]
@@ -82,13 +83,22 @@ class ModelSource:
         )
 
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text: those of generation_config.json and the tokenizer's."""
+        """Tokens that end a text: those of generation_config.json and the tokenizer's.
+
+        Raises:
+          UserError: what the folder states is no token id.
+        """
         imported = self.saved.get("huggingface", self.saved)
         stated = self.generation.get("eos_token_id", imported.get("eos_token_id"))
-        ids = [stated] if isinstance(stated, int) else list(stated or ())
+        ids = list(stated) if isinstance(stated, list | tuple) else [stated]
+        for i in ids:
+            if i is not None and (type(i) is not int or not 0 <= i < 2**31):
+                raise UserError(
+                    f"{self.path}: eos_token_id is {stated!r}; expected a token id or several"
+                )
         with contextlib.suppress(UserError):  # a model without a tokenizer generates from ids
             ids.append(self.tokenizer().eos_id)
-        return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     def load_params(self, dtype: Any = None) -> Params:
         """The parameters as JAX arrays; adapters are merged into their base.
@@ -325,7 +335,9 @@ def open_model(path: str | Path, step: int | None = None) -> ModelSource:
 
 def _generation(path: Path) -> Mapping[str, Any]:
     file = path / hf_config.GENERATION_FILE
-    return hf_config.read_json(file) if file.is_file() else {}
+    content = hf_config.read_json(file) if file.is_file() else {}
+    refuse_misspelt(content, hf_config.GENERATION_KEYS, file)
+    return content
 
 
 def _open_workdir(path: Path, saved: Mapping[str, Any], step: int | None) -> ModelSource:

@@ -28,6 +28,7 @@ from danube_jax.interop.safetensors_file import RowBlock
 from danube_jax.interop.step_params import LeafPath, LeafSource, save_params
 from danube_jax.models.lora import LoraConfig, abstract_adapters
 from danube_jax.models.projections import PROJECTIONS
+from danube_jax.untrusted import refuse_misspelt
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model.model.layers"
@@ -49,6 +50,12 @@ _LACKING: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "exclude_modules": (None, []),
 }
+
+
+_KNOWN = (
+    *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"),
+    *("target_modules", "use_rslora", *_LACKING),
+)
 
 
 def tensor_name(path: LeafPath) -> str:
@@ -135,14 +142,18 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
     """
     path = folder / ADAPTER_CONFIG
     content = hf_config.read_json(path)
+    refuse_misspelt(content, _KNOWN, path)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type={content.get('peft_type')!r}; expected 'LORA'")
     for key, allowed in _LACKING.items():
-        if content.get(key) not in allowed:
+        value = content.get(key)
+        if not any(value == item and type(value) is type(item) for item in allowed):
             raise UserError(f"{path}: {key}={content[key]!r} is not supported")
     targets = content.get("target_modules")
     if isinstance(targets, str):
         targets = list(PROJECTIONS) if targets == "all-linear" else [targets]
+    if targets is not None and not isinstance(targets, list):
+        raise UserError(f"{path}: target_modules is {targets!r}; expected a list of names")
     names = {str(target).rsplit(".", 1)[-1] for target in targets or ()}
     unknown = sorted(names - set(PROJECTIONS))
     if unknown or not names:
@@ -152,15 +163,29 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
         )
     try:
         lora = LoraConfig(
-            rank=int(content["r"]),
-            alpha=float(content.get("lora_alpha", 8)),
-            dropout=float(content.get("lora_dropout", 0.0)),
+            rank=_number(content, "r", int),
+            alpha=float(_number(content, "lora_alpha", int | float, 8)),
+            dropout=float(_number(content, "lora_dropout", int | float, 0.0)),
             targets=tuple(name for name in PROJECTIONS if name in names),
-            rslora=bool(content.get("use_rslora", False)),
+            rslora=_flag(content, "use_rslora"),
         )
-    except (KeyError, TypeError, ValueError, UserError) as error:
+    except (OverflowError, ValueError, UserError) as error:
         raise UserError(f"{path}: no usable LoRA config ({error})") from None
     return lora, str(content.get("base_model_name_or_path") or "")
+
+
+def _number(content: Mapping[str, Any], key: str, kind: Any, default: Any = None) -> Any:
+    value = content.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{key} is {value!r}; expected a number")
+    return value
+
+
+def _flag(content: Mapping[str, Any], key: str) -> bool:
+    value = content.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{key} is {value!r}; expected true or false")
+    return bool(value)
 
 
 def import_adapter(

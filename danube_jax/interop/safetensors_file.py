@@ -19,6 +19,7 @@ import numpy as np
 
 from danube_jax.array_checksums import rows_a_block
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -58,7 +59,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             (length,) = struct.unpack("<Q", _exactly(file.read(8), 8))
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = parse_json(file.read(length), strict=True)
         header.pop("__metadata__", None)
         entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
     except OSError as error:
@@ -87,17 +88,9 @@ def _exactly(data: bytes, length: int) -> bytes:
     return data
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice!r} stands in the header twice")
-    return dict(pairs)
-
-
 def _entry(name: str, value: Mapping[str, Any], start: int) -> Entry:
-    dtype, shape = str(value["dtype"]), tuple(int(size) for size in value["shape"])
-    begin, end = (int(offset) for offset in value["data_offsets"])
+    dtype, shape = str(value["dtype"]), tuple(map(_whole, value["shape"]))
+    begin, end = map(_whole, value["data_offsets"])
     itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_ITEM_SIZES.get(dtype)
     if itemsize is None:
         raise ValueError(f"tensor {name} has the unknown dtype {dtype}")
@@ -105,6 +98,12 @@ def _entry(name: str, value: Mapping[str, Any], start: int) -> Entry:
     if min((*shape, begin), default=0) < 0 or end - begin != elements * itemsize:
         raise ValueError(f"tensor {name}: {end - begin} bytes for shape {shape} of {dtype}")
     return Entry(dtype, shape, start + begin, start + end)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} where a whole number is expected")
+    return value
 
 
 def read_into(path: Path, entry: Entry, out: np.ndarray) -> None:

@@ -19,6 +19,7 @@ from danube_jax.interop import safetensors_file
 from danube_jax.interop.hf_config import read_json
 from danube_jax.interop.hf_weights import EMBEDDING, HEAD, Leaf, layout
 from danube_jax.interop.safetensors_file import RowBlock
+from danube_jax.untrusted import READ_ERRORS
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -28,6 +29,7 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 # Buffers that old versions of transformers saved; they follow from the config.
 _IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|(cos|sin)_cached)$")
 _MAX_NAMED = 3
+_BLOCK = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +163,7 @@ class _TorchBin:
             return self._state
         self._state, self._open = {}, None
         gc.collect()
+        _check_zip(path)  # PyTorch writes checksums and does not look at them
         self._state, self._open = self._read(path, mmap=False), path
         return self._state
 
@@ -193,6 +196,25 @@ class _TorchBin:
             self.read(name, array)
         matrix = array if array.ndim == 2 else array.reshape(1, -1)
         return (RowBlock(rows) for rows in row_blocks(matrix))
+
+
+def _check_zip(path: Path) -> None:
+    """Compares the contents of PyTorch's zip file with its checksums, where it has them.
+
+    Raises:
+      UserError: they differ, or the file is no whole zip file.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # the format before PyTorch 1.6
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.CRC:  # PyTorch can be told to write 0
+                    with archive.open(entry) as file:
+                        while file.read(_BLOCK):
+                            pass
+    except (*READ_ERRORS, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); fetch it again") from None
 
 
 def _import_torch(path: Path) -> Any:

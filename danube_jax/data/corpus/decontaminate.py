@@ -1,7 +1,6 @@
 """Removal of training text that evaluation sets hold, by runs of words."""
 
 import gzip
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from danube_jax.data.corpus.config import DecontaminationStep
 from danube_jax.data.corpus.rule import SOURCE, Rule
 from danube_jax.data.corpus.tally import Tally
 from danube_jax.errors import UserError
+from danube_jax.untrusted import READ_ERRORS, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
@@ -76,16 +76,16 @@ def _texts(path: Path, columns: tuple[str, ...]) -> Iterator[str]:
                 yield from data.decode().split("\n\n")
                 return
             rows = (
-                json.loads(data)
+                parse_json(data)
                 if name.endswith(".json")
-                else map(json.loads, filter(bytes.strip, data.splitlines()))
+                else map(parse_json, filter(bytes.strip, data.splitlines()))
             )
         for row in rows:
             chosen = row
             if columns and isinstance(row, Mapping):
                 chosen = [row[column] for column in columns if column in row]
             yield from _strings(chosen)
-    except (OSError, EOFError, ValueError) as error:
+    except (*READ_ERRORS, ValueError) as error:
         raise UserError(f"{path}: evaluation set cannot be read ({error})") from None
 
 

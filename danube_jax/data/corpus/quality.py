@@ -46,9 +46,11 @@ class ClassifierScorer:
                 f"{folder}: a classifier needs PyTorch: pip install 'danube-jax[hf]'"
             ) from None
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             self._model = AutoModelForSequenceClassification.from_pretrained(
-                folder, local_files_only=True
+                folder, local_files_only=True, trust_remote_code=False
             ).eval()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]

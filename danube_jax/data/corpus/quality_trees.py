@@ -4,7 +4,6 @@ A model is one JSON file: settings, LightGBM's own text form of the trees, and t
 training. Nothing in it is executed.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from danube_jax import files
 from danube_jax.data.corpus import words
 from danube_jax.data.corpus.heuristics import LINE_ENDS, STOP_WORDS, covered_characters, repeated
 from danube_jax.errors import UserError
+from danube_jax.untrusted import parse_json
 
 FORMAT = "danube_jax.quality_trees"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HASH_BITS = 12
 SAMPLE_CHARACTERS = 20_000  # a document is judged by its beginning
 STATISTICS = (
@@ -114,11 +114,13 @@ class TreesScorer:
           UserError: missing, damaged, or something else.
         """
         try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            saved = parse_json(Path(path).read_bytes())
             if saved["format"] != FORMAT or saved["version"] != FORMAT_VERSION:
                 raise ValueError(f"format {saved['format']!r}, version {saved['version']!r}")
             if saved["statistics"] != list(STATISTICS) or saved["hash_bits"] != HASH_BITS:
                 raise ValueError("made for other features")
+            if saved["sha256"] != files.sha256_json([saved["trees"], saved["report"]]):
+                raise ValueError("damaged: its checksum differs")
             return cls(saved["trees"], saved["report"])
         except (OSError, ValueError, KeyError, TypeError, _lightgbm().basic.LightGBMError) as error:
             raise UserError(
@@ -137,6 +139,7 @@ class TreesScorer:
                 "hash_bits": HASH_BITS,
                 "report": self.report,
                 "trees": self._trees,
+                "sha256": files.sha256_json([self._trees, self.report]),
             },
         )
 

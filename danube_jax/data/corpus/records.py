@@ -24,6 +24,7 @@ from danube_jax.data.corpus.rule import SOURCE
 from danube_jax.data.corpus.tally import Tally, utf8_size
 from danube_jax.data.corpus.zstd_file import ZstdFile
 from danube_jax.errors import UserError
+from danube_jax.untrusted import READ_ERRORS
 
 STRIDE = 64  # consecutive records of a compressed file that go to the same part
 HEARTBEAT_SECONDS = 0.5
@@ -200,7 +201,7 @@ def _lines(part: InputPart, limit: int) -> Iterator[tuple[int, bytes, float]]:
                     if (number - 1) // STRIDE % part.parts != part.part:
                         continue
                 yield number, b"" if too_long else line, share if not too_long else -size
-    except (EOFError, OSError) as error:
+    except READ_ERRORS as error:
         if isinstance(error, FileNotFoundError):
             raise BadRecord(part.path, "no such file", whole_file=True) from None
         reason = " ".join(str(error).split())
@@ -305,7 +306,7 @@ class _Text:
             stream, raw = open_input(path)
             with raw, stream:
                 data = stream.read() if separator else stream.read(self.limit + 1)
-        except (EOFError, OSError) as error:
+        except READ_ERRORS as error:
             reason = " ".join(str(error).split())
             raise BadRecord(path, f"cannot be read ({reason})", whole_file=True) from None
         if not separator and len(data) > self.limit:
@@ -350,7 +351,7 @@ class _Parquet:
         columns = [c for c in (source.text_column, source.id_column, source.url_column) if c]
         try:
             with fsspec.open(path, "rb") as raw:
-                file = pyarrow.parquet.ParquetFile(raw)
+                file = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
                 missing = [c for c in columns if c not in file.schema_arrow.names]
                 if missing:
                     has = ", ".join(map(repr, file.schema_arrow.names[:8]))
@@ -373,7 +374,10 @@ class _Parquet:
             number = first + i + 1
             where = f"{self.part.path}, row {number}"
             try:
-                text = table[source.text_column][i].as_py()
+                text, name, url = (
+                    table[column][i].as_py() if column else None
+                    for column in (source.text_column, source.id_column, source.url_column)
+                )
             except UnicodeDecodeError as wrong:
                 yield BadRecord(where, f"is not UTF-8 at byte {wrong.start + 1}")
                 continue
@@ -386,8 +390,6 @@ class _Parquet:
                     where, f"is {len(text):,} characters long; the limit is {self.limit:,}"
                 )
                 continue
-            name = table[source.id_column][i].as_py() if source.id_column else None
-            url = table[source.url_column][i].as_py() if source.url_column else None
             yield Record(number, text, _string(name), _string(url)), share
 
 
