@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import fsspec
 
+from danube_jax.data.corpus import builtin
 from danube_jax.data.corpus.config import CorpusConfig, TextSource
 from danube_jax.errors import UserError
 
@@ -75,7 +76,11 @@ def list_inputs(corpus: CorpusConfig) -> list[InputPart]:
     parts = []
     for name, source in corpus.sources.items():
         if source.builtin:
-            parts.append(InputPart(name, source.builtin, "builtin", corpus.task_bytes))
+            # Its size is not known before it is read; a part is a task.
+            count = builtin.PARTS[source.builtin]
+            size = corpus.task_bytes * count
+            kind = source.builtin
+            parts += [InputPart(name, kind, "builtin", size, i, count) for i in range(count)]
             continue
         for path, size in _find(name, source):
             kind = _format(name, source, path)

@@ -18,6 +18,7 @@ from datatrove.data import Document
 from datatrove.pipeline.readers.base import BaseReader
 
 from danube_jax import files
+from danube_jax.data.corpus import builtin
 from danube_jax.data.corpus.config import CorpusConfig, TextSource
 from danube_jax.data.corpus.inputs import InputPart
 from danube_jax.data.corpus.rule import SOURCE
@@ -395,10 +396,8 @@ class _Builtin:
     """Iterator over the documents of built-in text."""
 
     def __init__(self, part: InputPart, source: TextSource, limit: int):
-        from danube_jax.data.corpus import builtin
-
-        self._documents = builtin.documents(source.builtin, set())
-        self._number, self._part = 0, part
+        self._documents = builtin.documents(source.builtin, part.part)
+        self._number = 0
 
     def __iter__(self):
         return self
