@@ -71,9 +71,21 @@ def test_stores_hold_the_texts_once_split_by_hash_and_shuffled(prepared):
     for name, texts in expected.items():
         assert sorted(found[name, "train"] + found[name, "heldout"]) == sorted(set(texts))
         for part in ("train", "heldout"):
-            assert {placed(0, text, 0.2)[0] for text in found[name, part]} == {part}
+            shares = [placed(0, text)[0] for text in found[name, part]]
+            assert all((share < 0.2) == (part == "heldout") for share in shares)
     order = [TEXTS.index(text) for text in found["a", "train"]]
     assert order != sorted(order)
+
+
+def test_a_small_store_holds_out_a_tenth_by_the_same_hashes(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:40])
+    off = {"steps__minhash__enabled": False}
+    prepare(make(tmp_path / "out", {"a": path}, heldout_fraction=1e-6, **off))
+    found = texts_of(tmp_path / "out", "a", "heldout")
+    assert sorted(found) == sorted(sorted(TEXTS[:40], key=lambda text: placed(0, text)[0])[:4])
+    assert sorted(found + texts_of(tmp_path / "out", "a", "train")) == sorted(TEXTS[:40])
+    none = make(tmp_path / "none", {"a": path}, heldout_fraction=0.0, **off)
+    assert set(prepare(none).values["stores"]["a"]) == {"train"}
 
 
 def test_statistics_add_up(prepared):

@@ -6,6 +6,7 @@ The division follows from the files and the config, never from the number of wor
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import fsspec
 
@@ -178,8 +179,7 @@ def _num_parts(kind: str, path: str, size: int, task_bytes: int) -> int:
     if kind == "jsonl":
         return min(MAX_STRIDED_PARTS, max(1, math.ceil(size * COMPRESSION_RATIO / task_bytes)))
     if kind == "parquet" and size > task_bytes:
-        import pyarrow.parquet
-
+        pyarrow = import_pyarrow(path)
         try:
             with fsspec.open(path, "rb") as raw:
                 groups = pyarrow.parquet.ParquetFile(raw).num_row_groups
@@ -187,3 +187,18 @@ def _num_parts(kind: str, path: str, size: int, task_bytes: int) -> int:
             return 1
         return max(1, min(groups, math.ceil(size * COMPRESSION_RATIO / task_bytes)))
     return 1
+
+
+def import_pyarrow(path: str) -> Any:
+    """The module pyarrow with its parquet part.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: parquet files need the package pyarrow: pip install 'danube-jax[data]'"
+        ) from None
+    return pyarrow
