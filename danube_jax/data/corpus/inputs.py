@@ -5,6 +5,7 @@ The division follows from the files and the config, never from the number of wor
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,13 +139,12 @@ def _find(name: str, source: TextSource) -> list[tuple[str, int]]:
 
 def _relative(given: str, path: str) -> str:
     """A path as the user would write it, so that results do not depend on the folder's place."""
-    import os
-
     return path if os.path.isabs(given) else os.path.relpath(path)
 
 
 def _is_file(info: Mapping) -> bool:
-    return info.get("type") == "file"
+    link = info.get("islink") and os.path.isfile(info["name"])  # local file systems alone have them
+    return info.get("type") == "file" or bool(link)
 
 
 def _suffix(path: str) -> str:
