@@ -198,6 +198,19 @@ def test_a_classifier_scores_as_transformers_does(tmp_path, labels):
         expected = logits.sigmoid()[0] if labels == 1 else logits.softmax(0)[-1]
         assert score == pytest.approx(float(expected), abs=1e-5)  # float32, padded or not
     if labels == 3:
+        path = write_jsonl(tmp_path / "a.jsonl", [GOOD[i][: 60 * (i + 1)] for i in range(7)])
+        changes = {"enabled": True, "model": str(tmp_path / "bert"), "batch_size": 3}
+        changes |= {"max_tokens": 64, "label": 0}
+        changes = {f"steps__quality__{key}": value for key, value in changes.items()}
+        prepare(make(tmp_path / "out", {"a": path}, steps__minhash__enabled=False, **changes))
+        first = quality.load_scorer(
+            QualityStep(model=str(tmp_path / "bert"), label=0, max_tokens=64)
+        )
+        rows = list(read_documents(tmp_path / "out" / "documents"))
+        assert len(rows) == 7
+        for row in rows:  # written with four digits
+            (expected,) = first.score([row["text"]])
+            assert row["metadata"]["quality"] == pytest.approx(float(expected), abs=6e-5)
         with pytest.raises(UserError, match=r"quality\.label: 3 is not possible"):
             quality.load_scorer(QualityStep(model=str(tmp_path / "bert"), label=3))
 
