@@ -13,7 +13,8 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from danube_jax import command_line
-from danube_jax.errors import UserError
+from danube_jax.console import info
+from danube_jax.errors import EXIT_INTERRUPTED
 
 PLAIN_WIDTH = 160  # columns where the output is no terminal
 
@@ -25,17 +26,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 def main(argv: Sequence[str]) -> int:
     """Prepares, and says what was done; returns the exit status."""
     command_line.parse_flags(argv, __doc__, required=("config",))
-    try:
-        from danube_jax.data.corpus.pipeline import prepare
-    except ImportError as error:
-        raise UserError(
-            f"the corpus pipeline needs the package {error.name}: pip install 'danube-jax[data]'"
-        ) from None
     from danube_jax.data.corpus.config import parse_corpus_config
     from danube_jax.data.corpus.html import write_page
+    from danube_jax.data.corpus.pipeline import prepare
 
     corpus = parse_corpus_config(command_line.config_dict(_CONFIG))
-    statistics = prepare(corpus)
+    try:
+        statistics = prepare(corpus)
+    except KeyboardInterrupt:
+        info("stopped; the same command goes on from here")
+        return EXIT_INTERRUPTED
     page = Path(corpus.output) / "report.html"
     write_page(statistics, page)
     console = Console()

@@ -9,8 +9,7 @@ held out; ROC-AUC, precision and recall by threshold, and calibration are measur
 names the model in `steps.quality.model`.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -34,13 +33,12 @@ _PIECE = flags.DEFINE_integer(
 )
 
 
-def read_texts(paths: Sequence[str], field: str, limit: int, piece: int) -> list[str]:
-    """Pieces of the documents, those with the lowest hashes where there are more than `limit`."""
+def read_texts(paths: Sequence[str], field: str) -> Iterator[str]:
+    """The texts of the documents, in order."""
     from danube_jax.data.corpus.inputs import list_inputs
     from danube_jax.data.corpus.records import RecordReader
     from danube_jax.data.corpus.tally import Tally
 
-    rows: list[tuple[bytes, str]] = []
     for path in paths:
         corpus = CorpusConfig(
             output=".",
@@ -48,13 +46,7 @@ def read_texts(paths: Sequence[str], field: str, limit: int, piece: int) -> list
             task_bytes=2**62,
         )
         reader = RecordReader(corpus, (tuple(list_inputs(corpus)),), Tally(), None)
-        for document in reader.run():
-            for i in range(0, len(document.text), piece):
-                text = document.text[i : i + piece]
-                if len(text) >= min(piece, len(document.text)) // 2:
-                    rows.append((hashlib.blake2b(text.encode(), digest_size=8).digest(), text))
-    rows.sort()
-    return [text for _, text in rows[:limit]]
+        yield from (document.text for document in reader.run())
 
 
 def show(report: dict) -> None:
@@ -86,9 +78,10 @@ def main(argv: Sequence[str]) -> int:
     if not _GOOD.value or not _BAD.value:
         raise UserError("--good and --bad are needed; --help shows an example")
     from danube_jax.data.corpus import quality_trees
+    from danube_jax.data.corpus.quality_training import sample
 
     texts = [
-        read_texts(paths, _FIELD.value, _LIMIT.value, _PIECE.value)
+        sample(read_texts(paths, _FIELD.value), _LIMIT.value, _PIECE.value)
         for paths in (_GOOD.value, _BAD.value)
     ]
     scorer = quality_trees.train(

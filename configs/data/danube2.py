@@ -39,6 +39,7 @@ def get_config():
     steps.c4.enabled = True
     steps.c4.terminal_punctuation = False
     steps.repeated_text.enabled = True
+    steps.repeated_text.unit = "line"  # C4's rules leave no empty lines between paragraphs
     steps.decontamination.enabled = True
     steps.decontamination.path = "evaluation_sets"
     steps.quality.enabled = True

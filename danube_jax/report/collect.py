@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from danube_jax.config import RunConfig, parse_config
+from danube_jax.data.corpus.prepare import builtin_store
 from danube_jax.data.phases import PhaseSchedule
 from danube_jax.errors import UserError
 from danube_jax.report.metric_rows import Metrics, Series, parse_json, read_metrics
@@ -92,8 +93,8 @@ class RunFolder:
         row = self.run.data.sources.get(source) if self.run else None
         if row is None:
             return None
-        prepared = Path(self.run.data.directory or self.path / "data") / source / "train"
-        store = (prepared if row.builtin else Path(row.path)) / "store.json"
+        prepared = builtin_store(Path(self.run.data.directory or self.path / "data"), source)
+        store = (prepared / "train" if row.builtin else Path(row.path)) / "store.json"
         try:
             tokens = parse_json(store.read_text(encoding="utf-8"))["tokens"]
         except (OSError, ValueError, KeyError, TypeError):

@@ -1,12 +1,14 @@
 import ast
 import inspect
+import json
+import sys
 
 import numpy as np
 import pytest
 from tokenizer_models import byte_level_folder
 
 from danube_jax import config
-from danube_jax.data.corpus import builtin, prepare
+from danube_jax.data.corpus import builtin, pipeline, prepare
 from danube_jax.data.corpus.builtin import Document
 from danube_jax.data.token_store import TokenStore
 from danube_jax.data.token_store_writer import TokenStoreWriter
@@ -36,7 +38,9 @@ def make_run():
 
 
 def everything(folder):
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Every file's bytes, without those that hold times."""
+    timed = ("statistics.json", "report.html", ".lock")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in timed)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -44,15 +48,40 @@ def paragraphs(text):
     return [" ".join(p.split()).casefold() for p in text.split("\n\n")]
 
 
-def test_language_reference_is_in_order_and_without_repeats():
+def test_language_reference_is_in_order():
     texts = list(builtin.documents("language_reference"))
     assert texts == list(builtin.documents("language_reference"))
     assert len({text.id for text in texts}) == len(texts) > 100
     assert sum(len(text.text) for text in texts) > 200_000
     assert all(len(text.text) >= builtin.MIN_CHARACTERS for text in texts)
-    long = [p for text in texts for p in paragraphs(text.text) if len(p) >= builtin.MIN_DUPLICATE]
-    assert len(set(long)) == len(long)
     assert any('The "while" statement is used for repeated execution' in t.text for t in texts)
+
+
+def test_parts_hold_every_docstring_once(monkeypatch, tmp_path):
+    for i in range(11):
+        (tmp_path / f"m{i}.py").write_text(f'"""{f"Words of module {i} stand here. " * 6}"""')
+    monkeypatch.setattr(builtin, "DOCSTRING_PACKAGES", ())
+    monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(tmp_path))
+    parts = [list(builtin.documents("docstrings", i)) for i in range(builtin.PARTS["docstrings"])]
+    together = sorted(document.id for part in parts for document in part)
+    assert together == sorted(f"docstrings/python/m{i}.py:" for i in range(11))
+    assert all(parts)
+
+
+def test_only_paragraphs_of_sentences_stay():
+    prose = "A paragraph that is made of words, and of nothing but words,\nover two lines here."
+    text = f"A heading\n\n{prose}\n\n>>> f(1) is called with one and it returns two then\n\n"
+    text += "x = a[0] + b[1] * c[2] - (d[3] / e[4]) % f[5] ** g[6] and so on and on"
+    (found,) = builtin.prose([Document("a", text)])
+    assert found == Document("a", " ".join(prose.split()))
+
+
+def test_what_is_installed_is_told_by_versions(monkeypatch):
+    before = builtin.installed("package_descriptions")
+    assert before == builtin.installed("docstrings")
+    assert before.startswith(builtin.installed("language_reference"))
+    monkeypatch.setattr(builtin.importlib.metadata, "distributions", list)
+    assert builtin.installed("package_descriptions") != before
 
 
 def test_package_descriptions_hold_text_and_no_badges():
@@ -108,17 +137,6 @@ def test_docstrings_of_odd_files(tmp_path):
     assert builtin.file_docstrings(path) == []
 
 
-def test_seen_paragraphs_are_dropped_across_sources():
-    shared, own = "this paragraph stands in both of the texts " * 2, "this stands in one only " * 6
-    seen = set()
-    first = list(builtin.remove_repeated_paragraphs([Document("a", shared)], seen))
-    second = builtin.remove_repeated_paragraphs(
-        [Document("b", f"{own}\n\n  {shared.title()}"), Document("c", shared)], seen
-    )
-    assert first == [Document("a", shared)]
-    assert list(second) == [Document("b", own)]
-
-
 def test_cut_keeps_every_paragraph_once():
     text = "\n\n".join(f"paragraph {i} " + "x" * (i * 7 % 400 + 80) for i in range(100))
     pieces = list(builtin.cut([Document("a", text), Document("b", "short " * 20)]))
@@ -127,41 +145,16 @@ def test_cut_keeps_every_paragraph_once():
     assert max(len(piece.text) for piece in pieces) < builtin.PIECE_CHARACTERS + 500
 
 
-def test_split_by_hash_is_stable():
-    texts = [Document(f"id{i}", f"text {i}") for i in range(5_000)]
-    train, heldout = prepare.split_heldout(texts, 0.1)
-    assert sorted(train + heldout) == sorted(texts)
-    assert 420 < len(heldout) < 580
-    assert prepare.split_heldout(reversed(texts), 0.1) == (train, heldout)
-    fewer_train, fewer_heldout = prepare.split_heldout(texts[:-7], 0.1)
-    gone = set(texts[-7:])
-    assert fewer_train == [text for text in train if text not in gone]
-    assert fewer_heldout == [text for text in heldout if text not in gone]
-    assert train != sorted(train)
-    for count, least in ((2, 1), (50, 5), (400, 16)):
-        assert len(prepare.split_heldout(texts[:count], 1e-9)[1]) == least
-    with pytest.raises(UserError, match="two at least"):
-        prepare.split_heldout(texts[:1], 0.1)
-
-
-def test_near_copies_leave_the_heldout_part():
-    words = [f"word{i}" for i in range(200)]
-    train = [Document("t", " ".join(words[:100]))]
-    copy = Document("copy", " ".join([*words[20:90], "changed", "end"]))
-    fresh = Document("fresh", " ".join(words[95:]))
-    assert prepare.drop_near_copies([copy, fresh], train) == [fresh]
-    assert prepare.drop_near_copies([copy], train) == [copy]
-
-
 @pytest.fixture(scope="module")
 def prepared_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("prepared")
 
 
-def test_prepared_stores_hold_the_documents(prepared_folder, make_run, capsys):
+def test_prepared_stores_hold_the_documents(prepared_folder, make_run, monkeypatch):
     done = prepare.prepare_builtin(make_run(), prepared_folder)
-    assert done.train == {"reference": str(prepared_folder / "reference/train")}
-    assert done.heldout == {"reference": str(prepared_folder / "reference/heldout")}
+    stores = prepared_folder / "stores"
+    assert done.train == {"reference": str(stores / "reference/train")}
+    assert done.heldout == {"reference": str(stores / "reference/heldout")}
     tokenizer = open_tokenizer(done.tokenizer)
     assert tokenizer.vocab_size == 500
     found = {}
@@ -177,16 +170,26 @@ def test_prepared_stores_hold_the_documents(prepared_folder, make_run, capsys):
             texts.append(tokenizer.decode(ids))
         assert store.bytes == sum(len(text.encode()) for text in texts)
         found[part] = texts
-    originals = {text.text for text in builtin.documents("language_reference")}
-    assert set(found["train"]) | set(found["heldout"]) <= originals
-    assert len(originals) - len(found["train"] + found["heldout"]) < 10
+    originals = {
+        paragraph
+        for text in builtin.documents("language_reference")
+        for paragraph in paragraphs(text.text)
+    }
+    kept = [p for part in found.values() for text in part for p in paragraphs(text)]
+    assert set(kept) <= originals
+    assert len(kept) > 0.8 * len(originals)
+    assert len(found["heldout"]) >= len(found["train"]) // 10
+    page = (prepared_folder / "report.html").read_text()
+    for step in ("Gopher quality", "exact duplicates", "near duplicates"):
+        assert step in page
     apart = [set(p for t in found[k] for p in paragraphs(t) if len(p) > 80) for k in found]
     assert apart[0]
     assert apart[0].isdisjoint(apart[1])
-    capsys.readouterr()
+    lines = []
+    monkeypatch.setattr(pipeline, "info", lines.append)
     before = everything(prepared_folder)
     assert prepare.prepare_builtin(make_run(), prepared_folder) == done
-    assert "already prepared" in capsys.readouterr().err
+    assert [line for line in lines if "already prepared" in line]
     assert everything(prepared_folder) == before
 
 
@@ -202,8 +205,8 @@ def test_hugging_face_tokenizers_prepare_too(tmp_path, make_run):
     ((*ids, last),) = store.read(np.array([0]), starts[1])
     assert last == tokenizer.eos_id
     assert tokenizer.eos_id not in ids
-    texts = [text.text for text in builtin.documents("language_reference")]
-    assert tokenizer.decode(ids) in texts
+    originals = "\n".join(text.text for text in builtin.documents("language_reference"))
+    assert all(paragraph in originals for paragraph in tokenizer.decode(ids).split("\n\n"))
     (all_ids,) = store.read(np.array([0]), store.tokens)
     assert tokenizer.token_byte_lengths()[all_ids].sum() == store.bytes
 
@@ -223,7 +226,7 @@ def test_killed_preparation_continues_to_the_same_bytes(
 
     def dies(self, tokens, size):
         calls.append(size)
-        if len(calls) == 100:
+        if len(calls) == 70:
             raise KeyboardInterrupt
         add(self, tokens, size)
 
@@ -246,17 +249,56 @@ def test_other_settings_in_the_same_folder_are_refused(prepared_folder, make_run
             prepare.prepare_builtin(make_run(**change), prepared_folder)
 
 
-def test_other_text_than_a_killed_preparation_began_with(tmp_path, make_run, monkeypatch):
+def test_packages_that_changed_since_a_killed_preparation_began(
+    tmp_path, prepared_folder, make_run, monkeypatch
+):
+    prepare.prepare_builtin(make_run(), prepared_folder)
+
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "train_bpe", die)
+    monkeypatch.setattr(pipeline, "train_on_documents", die)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare_builtin(make_run(), tmp_path)
-    texts = [Document(f"{i}", f"a text of its own {i}") for i in range(40)]
-    monkeypatch.setattr(builtin, "documents", lambda *_: texts)
-    with pytest.raises(UserError, match="installed packages changed"):
+    monkeypatch.setattr(builtin, "installed", lambda source: "Python 4")
+    with pytest.raises(UserError, match=r"installed packages.*config\.data\.directory"):
         prepare.prepare_builtin(make_run(), tmp_path)
+    # A finished one holds its text.
+    assert prepare.prepare_builtin(make_run(), prepared_folder).train
+
+
+def test_the_least_like_the_reference_go_into_stores_of_their_own(tmp_path, make_run):
+    pytest.importorskip("lightgbm", reason="quality models need lightgbm")
+    kinds = {"reference": "language_reference", "packages": "package_descriptions"}
+    run = make_run(sources={name: {"builtin": kind} for name, kind in kinds.items()})
+    done = prepare.prepare_builtin(run, tmp_path)
+    assert list(done.train) == list(kinds)
+    assert done.train["packages"] == str(tmp_path / "stores/packages_high/train")
+    report = json.loads((tmp_path / "quality.json").read_text())["report"]
+    assert report["roc_auc"] > 0.8
+    values = json.loads((tmp_path / "statistics.json").read_text())
+    stores = {
+        name: sum(p["documents"] for p in row.values()) for name, row in values["stores"].items()
+    }
+    assert 0.05 < stores["packages_low"] / sum(stores.values()) < 0.15
+    assert stores.get("reference_low", 0) < 0.1 * stores["reference_high"]
+    assert set(values["tally"]["steps"]["packages"]) >= {
+        *("gopher_quality", "fineweb", "exact", "minhash", "quality", "tokenise")
+    }
+
+
+def test_a_machine_without_lightgbm_goes_without_scores(tmp_path, make_run, monkeypatch):
+    lines = []
+    monkeypatch.setattr(prepare, "warn", lines.append)
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
+    kinds = {"reference": "language_reference", "packages": "package_descriptions"}
+    run = make_run(sources={name: {"builtin": kind} for name, kind in kinds.items()})
+    done = prepare.prepare_builtin(run, tmp_path)
+    assert done.train["packages"] == str(tmp_path / "stores/packages/train")
+    assert len(lines) == 1
+    assert "no quality scores" in lines[0]
+    monkeypatch.undo()
+    assert prepare.prepare_builtin(run, tmp_path) == done
 
 
 def test_paths_are_passed_through_and_impossible_sources_refused(tmp_path, make_run):

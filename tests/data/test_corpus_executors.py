@@ -2,11 +2,14 @@
 
 import os
 import stat
+import time
 
 import pytest
 from corpus_config import make, write_jsonl
 from test_corpus_pipeline import TEXTS, tree
+from test_corpus_tools import CONFIG, run
 
+from danube_jax.data.corpus import executors
 from danube_jax.data.corpus.config import ExecutorConfig, parse_corpus_config
 from danube_jax.data.corpus.executors import Runner
 from danube_jax.data.corpus.pipeline import prepare
@@ -77,6 +80,91 @@ def test_slurm_gets_the_tasks_that_are_left(tmp_path, monkeypatch):
         executor._run_for_rank(rank)
     assert {path.name for path in tmp_path.glob("ran*")} == {"ran0", "ran2"}
     assert executor.get_incomplete_ranks() == []
+
+
+# A scheduler of one machine: it does an array's tasks before it returns, each as a job of its own.
+CLUSTER = {
+    "sbatch": """#!/bin/bash
+for script; do :; done
+cp "$script" "$CLUSTER_LOG/$(date +%s%N).sh"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+out=$(sed -n 's/^#SBATCH --output=//p' "$script")
+export SLURM_JOB_ID=7 SLURM_NODELIST=node
+for i in $(seq 0 "$last"); do
+  SLURM_ARRAY_TASK_ID=$i bash "$script" > "${out/\\%A_\\%a/7_$i}" 2>&1
+done
+echo "Submitted batch job 7"
+""",
+    "srun": """#!/bin/bash
+while [[ "$1" == -* || "$1" == 1 ]]; do shift; done
+exec "$@"
+""",
+    "scontrol": "#!/bin/bash\necho node\n",
+    "squeue": "#!/bin/bash\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n",
+    "merge_stats": "#!/bin/bash\n",
+}
+
+
+@pytest.mark.slow
+def test_the_command_line_on_slurm(tmp_path, monkeypatch):
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name, script in CLUSTER.items():
+        (binaries / name).write_text(script)
+        (binaries / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
+    monkeypatch.setenv("CLUSTER_LOG", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:40])
+    write_jsonl(tmp_path / "b.jsonl", TEXTS[40:70])
+    (tmp_path / "config.py").write_text(CONFIG)
+    changes = ("--config=config.py", "--config.steps.minhash.buckets=2")
+    slurm = ("--config.executor.kind=slurm", "--config.executor.partition=cpu")
+    done = run(tmp_path, "prepare_data.py", *changes, "--config.output=local")
+    assert done.returncode == 0, done.stderr
+    done = run(tmp_path, "prepare_data.py", *changes, *slurm, "--config.output=slurm")
+    assert done.returncode == 0, done.stderr
+    local, cluster = tree(tmp_path / "local"), tree(tmp_path / "slurm")
+    assert local.keys() == cluster.keys()
+    assert [name for name in local if local[name] != cluster[name]] == []
+    scripts = [path.read_text() for path in tmp_path.glob("*.sh")]
+    assert sum("launch_pickled_pipeline" in script for script in scripts) == 7  # stages
+    # Bad input in a job stops the command like bad input on this machine.
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"no\n')
+    done = run(tmp_path, "prepare_data.py", *changes, *slurm, "--config.output=broken")
+    assert done.returncode == 2, done.stderr
+    assert "b.jsonl, line 2: is not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "queued"),
+    [
+        ("echo '  7_0 cpu danube R'", True),
+        ("true", False),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", True),
+        (None, True),
+    ],
+)
+def test_a_job_that_left_the_queue_is_not_waited_for(tmp_path, monkeypatch, answer, queued):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if answer is not None:
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "squeue").chmod(0o755)
+    assert executors._is_queued("7") == queued
+
+
+def test_progress_tells_rates_and_the_time_left(tmp_path):
+    folder = tmp_path / "progress"
+    folder.mkdir()
+    progress = executors._Progress("clean", tmp_path, 2, 4_000_000)
+    progress._begin, progress._start = time.monotonic() - 10, (0, 0, 0, 0)
+    assert progress._line() == "0%"
+    (folder / "00000.json").write_text("[600000, 500, 3000000]")
+    (folder / "00001.json").write_text("[400000, 300, 1000000]")
+    share, documents, rate, megabytes, left = progress._line().split(", ")
+    assert (share, documents, rate) == ("25%", "800 documents", "80 documents/s")
+    assert (megabytes, left) == ("0.4 MB/s", "30 s left")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 from corpus_config import make, write_jsonl
+from tokenizer_models import byte_level_folder
 
 from danube_jax.data.corpus.pipeline import prepare
 from danube_jax.data.corpus.statistics import Statistics
 from danube_jax.data.corpus.tokenise import placed
 from danube_jax.data.token_store import TokenStore
-from danube_jax.data.tokenizer import open_tokenizer
+from danube_jax.data.tokenizer import open_tokenizer, train_bpe
 from danube_jax.errors import UserError
 
 TEXTS = [text for _, text in sorted(topics.items())]
@@ -42,14 +43,16 @@ def prepared(inputs, tmp_path_factory):
     return output
 
 
-def texts_of(output, name, part):
+def texts_of(output, name, part, tokenizer=None):
     store = TokenStore.open(output / "stores" / name / part)
-    tokenizer = open_tokenizer(output / "tokenizer.model")
+    tokenizer = open_tokenizer(tokenizer or output / "tokenizer.model")
     starts = np.append(store.document_starts(), store.tokens)
-    return [
-        tokenizer.decode(store.read(starts[i : i + 1], int(starts[i + 1] - starts[i]))[0])
+    rows = [
+        store.read(starts[i : i + 1], int(starts[i + 1] - starts[i]))[0]
         for i in range(store.documents)
     ]
+    framing = (tokenizer.bos_id, tokenizer.eos_id)
+    return [tokenizer.decode([i for i in row.tolist() if i not in framing]) for row in rows]
 
 
 def tree(output):
@@ -71,9 +74,21 @@ def test_stores_hold_the_texts_once_split_by_hash_and_shuffled(prepared):
     for name, texts in expected.items():
         assert sorted(found[name, "train"] + found[name, "heldout"]) == sorted(set(texts))
         for part in ("train", "heldout"):
-            assert {placed(0, text, 0.2)[0] for text in found[name, part]} == {part}
+            shares = [placed(0, text)[0] for text in found[name, part]]
+            assert all((share < 0.2) == (part == "heldout") for share in shares)
     order = [TEXTS.index(text) for text in found["a", "train"]]
     assert order != sorted(order)
+
+
+def test_a_small_store_holds_out_a_tenth_by_the_same_hashes(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:40])
+    off = {"steps__minhash__enabled": False}
+    prepare(make(tmp_path / "out", {"a": path}, heldout_fraction=1e-6, **off))
+    found = texts_of(tmp_path / "out", "a", "heldout")
+    assert sorted(found) == sorted(sorted(TEXTS[:40], key=lambda text: placed(0, text)[0])[:4])
+    assert sorted(found + texts_of(tmp_path / "out", "a", "train")) == sorted(TEXTS[:40])
+    none = make(tmp_path / "none", {"a": path}, heldout_fraction=0.0, **off)
+    assert set(prepare(none).values["stores"]["a"]) == {"train"}
 
 
 def test_statistics_add_up(prepared):
@@ -92,6 +107,49 @@ def test_several_workers_give_the_same_bytes(inputs, prepared, tmp_path):
     several, one = tree(tmp_path / "out"), tree(prepared)
     assert several.keys() == one.keys()
     assert [name for name in one if several[name] != one[name]] == []
+
+
+ODD = [
+    f"{i}: \ttabs, trailing  spaces  \n\n  indents, café, 漢字, \U0001f600, e\u0301, {'x' * i}\r\n"
+    for i in range(40)
+]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "hugging_face"])
+def test_stores_give_back_the_text_byte_by_byte(tmp_path, kind):
+    """Both tokenizers lose nothing, so neither may the way to them and back."""
+    tokenizer = train_bpe(iter(TEXTS[:20]), tmp_path / "t.model", 400).path
+    if kind == "hugging_face":
+        tokenizer = byte_level_folder(tmp_path / "hf", {"eos_token": "<|endoftext|>"})
+    path = write_jsonl(tmp_path / "a.jsonl", ODD)
+    changes = {"steps__minhash__enabled": False, "heldout_fraction": 0.2, "task_bytes": 1_000}
+    changes |= {"tokenizer__train_vocab_size": 0, "tokenizer__path": str(tokenizer)}
+    for workers in (1, 2):
+        output = tmp_path / str(workers)
+        prepare(make(output, {"a": path}, executor__workers=workers, **changes))
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
+    found = [texts_of(output, "a", part, tokenizer) for part in ("train", "heldout")]
+    assert sorted(found[0] + found[1]) == sorted(ODD)
+    assert all(found)
+
+
+def test_sources_at_addresses_give_the_same_stores(tmp_path, prepared, inputs):
+    sources = {"a": f"file://{inputs}/a", "b": f"file://{inputs}/b.json*"}
+    prepare(
+        make(
+            tmp_path / "out",
+            sources,
+            task_bytes=20_000,
+            heldout_fraction=0.2,
+            executor__workers=2,
+        )
+    )
+    for name in ("a", "b"):
+        for part in ("train", "heldout"):
+            one, other = (
+                TokenStore.open(p / "stores" / name / part) for p in (tmp_path / "out", prepared)
+            )
+            assert one.fingerprint == other.fingerprint
 
 
 def test_a_second_run_does_nothing(inputs, prepared):

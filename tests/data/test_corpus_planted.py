@@ -8,6 +8,7 @@ import pytest
 from corpus_config import make, write_jsonl
 from datatrove.data import Document
 
+from danube_jax.data.corpus.config import corpus_config
 from danube_jax.data.corpus.pipeline import prepare
 from danube_jax.data.corpus.tokenizer_sample import read_documents
 
@@ -74,6 +75,14 @@ def planted(tmp_path_factory):
     plants["french"] = {f"french{i}": FRENCH * 4 + str(i) for i in range(8)}
     repeat = "Buy the best of all the things that we have to sell to you and be happy.\n"
     plants["repetition"] = {f"repetition{i}": repeat * 30 + prose(rng, 4) for i in range(10)}
+    plants["bullets"] = {
+        f"bullets{i}": "\n".join(f"- {line}." for line in " ".join(prose(rng).split()).split(". "))
+        for i in range(10)
+    }
+    plants["unpunctuated"] = {
+        f"unpunctuated{i}": "\n".join(line.strip() for line in prose(rng).split("."))
+        for i in range(10)
+    }
     plants["personal"] = {
         f"personal{i}": prose(rng) + f" Write to jane.doe{i}@mail{i}.co.uk or to 8.8.{i}.4 today."
         for i in range(15)
@@ -131,6 +140,8 @@ STEPS = {
     "minhash": ("near",),
     "exact": ("exact",),
     "gopher_repetition": ("repetition",),
+    "gopher_quality": ("bullets", "gibberish"),
+    "fineweb": ("unpunctuated",),
     "decontamination": ("contaminated",),
     "lists": ("blocked",),
 }
@@ -141,7 +152,7 @@ def test_recall_and_precision_of_removal(planted, step):
     plants, _, removed, _, _ = planted
     wanted = {name for kind in STEPS[step] for name in plants[kind]}
     found = {name for name, reason in removed.items() if reason.startswith(f"{step}:")}
-    if step == "language":  # gibberish may also go by Gopher's rules
+    if step in ("language", "gopher_quality"):  # gibberish goes by one or the other
         wanted -= {name for name in plants["gibberish"] if name not in found}
     if step == "minhash":
         # At a similarity of 0.82, which one word in fifty leaves of runs of five, the chance that
@@ -186,6 +197,72 @@ def test_mis_decoded_text_is_repaired(planted):
 def test_near_copies_across_sources_go_from_the_later_source(planted):
     _, kept, _, _, _ = planted
     assert all(f"clean{i}" in kept for i in range(30))
+
+
+PAGE_LINES = (
+    "Please enable Javascript to see this page as it is meant to be seen.",
+    "By reading on you accept the terms of use of this page and its owners.",
+    "Two words",
+)
+
+
+def test_pages_and_addresses(tmp_path):
+    """C4's rules and the lists of addresses, which take lines and pages of the web away."""
+    rng = random.Random(8)
+    clean = {f"clean{i}": prose(rng).replace("\n\n", "\n") for i in range(40)}
+    noisy = {}
+    for i in range(10):
+        lines = prose(rng).replace("\n\n", "\n").split("\n")
+        lines.insert(1 + i % 3, PAGE_LINES[i % 3])
+        noisy[f"noisy{i}"] = "\n".join(lines)
+    gone = {f"latin{i}": f"{prose(rng)}\nLorem ipsum dolor sit amet." for i in range(6)}
+    gone |= {f"code{i}": f"{prose(rng)}\nif (x) {{ return; }} is code." for i in range(6)}
+    gone |= {f"short{i}": f"The {i}th page has one sentence alone." for i in range(6)}
+    hosts = {f"host{i}": prose(rng) for i in range(6)}
+    words = {f"word{i}": prose(rng) for i in range(6)}
+    texts = clean | noisy | gone | hosts | words
+    urls = dict.fromkeys(texts, "https://fine.example.org/page.html")
+    urls |= {name: f"https://www{name[-1]}.bad.example.com/" for name in hosts}
+    urls |= {name: f"http://example.org/online-casino/{name}" for name in words}
+    (tmp_path / "hosts.txt").write_text("bad.example.com\n")
+    (tmp_path / "words.txt").write_text("casino\n")
+    path = write_jsonl(tmp_path / "a.jsonl", [*texts.values()], key=[*texts], url=[*urls.values()])
+    corpus = make(
+        tmp_path / "out",
+        {"a": {"path": str(path), "id_column": "key", "url_column": "url"}},
+        keep_removed=True,
+        steps__minhash__enabled=False,
+        steps__c4__enabled=True,
+        steps__lists__enabled=True,
+        steps__lists__blocked_domains=str(tmp_path / "hosts.txt"),
+        steps__lists__blocked_url_words=str(tmp_path / "words.txt"),
+    )
+    statistics = prepare(corpus)
+    kept = {row["id"]: row["text"] for row in read_documents(tmp_path / "out" / "documents")}
+    assert kept.keys() == clean.keys() | noisy.keys()
+    for name, text in (clean | noisy).items():
+        lines = [line for line in text.split("\n") if line not in PAGE_LINES]
+        assert kept[name] == "\n".join(line.strip() for line in lines)
+    removed = dict(statistics.steps())
+    assert {k: v[0] for k, v in removed["c4"]["removed"].items()} == {
+        **{"lorem_ipsum": 6, "curly_bracket": 6, "few_sentences": 6}
+    }
+    assert {k: v[0] for k, v in removed["lists"]["removed"].items()} == {
+        **{"blocked domain": 6, "blocked word in address": 6}
+    }
+    assert removed["c4"]["edited"]["lines dropped"] == 10
+
+
+def test_a_step_that_is_off_leaves_everything(tmp_path):
+    rng = random.Random(9)
+    texts = [gibberish(rng), GERMAN, "short", "a@mail.org at 8.8.8.8", "same", "same", ""]
+    path = write_jsonl(tmp_path / "a.jsonl", texts * 3)
+    off = [name for name, step in corpus_config().steps.items() if step.enabled]
+    statistics = prepare(make(tmp_path / "out", {"a": path}, off=off, min_heldout_documents=0))
+    assert [name for name, _ in statistics.steps()] == ["read", "tokenise"]
+    kept = [row["text"] for row in read_documents(tmp_path / "out" / "documents")]
+    assert kept == [text for text in texts * 3 if text]
+    assert dict(statistics.steps())["read"]["removed"] == {"empty": [3, 0]}
 
 
 def test_recall_is_that_of_datatroves_own_minhash(planted, tmp_path):

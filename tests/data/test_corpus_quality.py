@@ -109,12 +109,55 @@ def test_buckets_become_stores(model, tmp_path):
     assert statistics.values["bucket_bounds"] == [0.5]
 
 
-def test_shares_divide_the_documents(tmp_path):
+def test_a_model_is_trained_on_sources_where_the_config_says_so(tmp_path):
+    good = write_jsonl(tmp_path / "good.jsonl", GOOD[:120])
+    bad = write_jsonl(tmp_path / "bad.jsonl", BAD[:60])
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", GOOD[160:] + BAD[160:])
+    corpus = make(
+        tmp_path / "out",
+        {"good": good, "bad": bad, "mixed": mixed},
+        steps__minhash__enabled=False,
+        steps__quality__enabled=True,
+        steps__quality__good_sources=("good",),
+        steps__quality__bad_sources=("bad",),
+        steps__quality__train_documents=100,
+    )
+    prepare(corpus)
+    report = json.loads((tmp_path / "out" / "quality.json").read_text())["report"]
+    assert report["training"]["good"] + report["heldout"]["good"] == 100
+    assert report["training"]["bad"] + report["heldout"]["bad"] == 60
+    rows = [
+        row
+        for row in read_documents(tmp_path / "out" / "documents")
+        if row["metadata"]["source"] == "mixed"
+    ]
+    right = [(row["metadata"]["quality"] >= 0.5) == (row["text"] in GOOD) for row in rows]
+    assert len(right) == 160
+    assert np.mean(right) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"quality\.model: '' is not possible; expected a model, or good_sources"),
+        ({"good_sources": ("a",)}, r"quality\.model: '' is not possible"),
+        ({"model": "m", "good_sources": ("a",), "bad_sources": ("a",)}, r"quality\.model: 'm'"),
+        (
+            {"good_sources": ("a",), "bad_sources": ("x",)},
+            r"bad_sources: 'x' .* expected some of a",
+        ),
+    ],
+)
+def test_a_model_is_either_given_or_trained(tmp_path, changes, message):
+    changes = {f"steps__quality__{key}": value for key, value in changes.items()}
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, {"a": "a.jsonl"}, steps__quality__enabled=True, **changes)
+
+
+def test_shares_divide_the_documents():
     scores = np.random.default_rng(0).permutation(100).astype(np.float32) / 100
-    scores[:30].tofile(tmp_path / "00000.f32")
-    scores[30:].tofile(tmp_path / "00001.f32")
     step = QualityStep(buckets=("high", "medium", "low"), shares=(0.2, 0.5))
-    bounds = quality.bucket_bounds(step, tmp_path)
+    bounds = quality.bucket_bounds(step, scores)
     counts = {name: 0 for name in step.buckets}
     for score in scores:
         counts[quality.bucket_of(step, bounds, float(score) + 1e-6)] += 1
@@ -155,6 +198,19 @@ def test_a_classifier_scores_as_transformers_does(tmp_path, labels):
         expected = logits.sigmoid()[0] if labels == 1 else logits.softmax(0)[-1]
         assert score == pytest.approx(float(expected), abs=1e-5)  # float32, padded or not
     if labels == 3:
+        path = write_jsonl(tmp_path / "a.jsonl", [GOOD[i][: 60 * (i + 1)] for i in range(7)])
+        changes = {"enabled": True, "model": str(tmp_path / "bert"), "batch_size": 3}
+        changes |= {"max_tokens": 64, "label": 0}
+        changes = {f"steps__quality__{key}": value for key, value in changes.items()}
+        prepare(make(tmp_path / "out", {"a": path}, steps__minhash__enabled=False, **changes))
+        first = quality.load_scorer(
+            QualityStep(model=str(tmp_path / "bert"), label=0, max_tokens=64)
+        )
+        rows = list(read_documents(tmp_path / "out" / "documents"))
+        assert len(rows) == 7
+        for row in rows:  # written with four digits
+            (expected,) = first.score([row["text"]])
+            assert row["metadata"]["quality"] == pytest.approx(float(expected), abs=6e-5)
         with pytest.raises(UserError, match=r"quality\.label: 3 is not possible"):
             quality.load_scorer(QualityStep(model=str(tmp_path / "bert"), label=3))
 

@@ -95,6 +95,43 @@ def test_mistakes_give_one_line(folder, tmp_path):
         assert not (output / "stores").exists()
 
 
+def test_a_tokenizer_is_compared_by_source(folder, tmp_path):
+    other = train_bpe(iter(text.upper() for text in TEXTS[:40]), tmp_path / "other.model", 400)
+    model = tmp_path / "own.model"
+    done = run(
+        folder,
+        "train_tokenizer.py",
+        "--config=config.py",
+        "--mix=a=3,b=1",
+        "--sample_mb=0.06",
+        "--vocab_size=400",
+        f"--output={model}",
+        f"--compare={other.path}",
+        f"--config.output={tmp_path / 'none'}",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.replace("│", " ").split() for line in done.stdout.splitlines()]
+    found = {row[0]: [float(x) for x in row[1:]] for row in rows if row and row[0] in ("a", "b")}
+    assert found.keys() == {"a", "b"}
+    for name, weight in (("a", 3), ("b", 1)):
+        megabytes, own, compared = found[name]
+        assert megabytes == pytest.approx(0.015 * weight, abs=0.006)  # two digits
+        assert own > compared > 0.5  # the other one knows capitals only
+
+
+def test_a_quality_model_is_trained_and_reported(tmp_path):
+    pieces = [text[i : i + 700] for text in TEXTS for i in range(0, len(text) - 700, 700)][:120]
+    write_jsonl(tmp_path / "good.jsonl.gz", pieces)
+    write_jsonl(tmp_path / "bad" / "a.jsonl", [text[::-1] for text in pieces])
+    arguments = ("--good=good.jsonl.gz", "--bad=bad", "--trees=20", "--output=quality.json")
+    done = run(tmp_path, "train_quality_model.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "held out: 24 good, 24 bad; ROC-AUC 1.0000" in done.stdout
+    for expected in ("score at least", "precision", "recall", "calibration", "most used"):
+        assert expected in done.stdout
+    assert (tmp_path / "quality.json").is_file()
+
+
 def test_tokenizer_sample_follows_the_mix_and_compresses(tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", TEXTS[:30])
     b = write_jsonl(tmp_path / "b.jsonl", [text.upper() for text in TEXTS[30:60]])

@@ -4,16 +4,19 @@
     docstrings            of the standard library and of the numerical packages installed
     package_descriptions  the long descriptions of the installed distributions
 
-What there is depends on the versions installed; on one installation the documents and their order
-are always the same. The licences are the packages' own.
+Reading them takes prose out of its surroundings: code, tables, badges and link targets go, and a
+paragraph is a line. What there is depends on the versions installed; on one installation the
+documents and their order are always the same. The licences are the packages' own.
 """
 
 import ast
 import contextlib
+import functools
 import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import platform
 import re
 import sysconfig
 import warnings
@@ -42,8 +45,9 @@ MIN_CHARACTERS = 80
 PIECE_CHARACTERS = 2_000  # long texts are cut, so that held-out documents can come from all of them
 MIN_PROSE_WORDS = 8
 PROSE_SHARE = 0.9  # letters and spaces in a paragraph; English has about 0.96, code 0.8 and less
-MIN_DUPLICATE = 60  # shorter paragraphs, such as headings, may repeat
+PARTS = {"language_reference": 1, "docstrings": 4, "package_descriptions": 1}
 
+WORDS = re.compile(r"(?:[^\W\d_]| )+")
 HTML_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 BADGE = re.compile(
     r"\[!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])\](\([^)]*\)|\[[^\]]*\])|!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])"
@@ -70,20 +74,28 @@ class Document(NamedTuple):
     text: str
 
 
-def documents(source: str, seen: set[bytes] | None = None) -> Iterator[Document]:
-    """The documents of a built-in source, in an order that is always the same.
+def documents(source: str, part: int = 0) -> Iterator[Document]:
+    """The documents of a part of a built-in source, in an order that is always the same.
 
     Args:
       source: one of `danube_jax.config.BUILTIN_SOURCES`.
-      seen: digests of paragraphs met so far; a longer paragraph comes only once. Give the same
-        set to several sources to keep them apart too.
+      part: from 0 up to `PARTS[source]`; together the parts hold every document once.
     """
-    raw, cut_long = _READERS[source]
-    unique = remove_repeated_paragraphs(prose(raw()), set() if seen is None else seen)
-    return cut(unique) if cut_long else unique
+    found = prose(_READERS[source](part))
+    return found if source in _WHOLE else cut(found)
 
 
-def language_reference() -> Iterator[Document]:
+def installed(source: str) -> str:
+    """What a built-in source depends on, in a line: the same line, the same documents."""
+    python = f"Python {platform.python_version()}"
+    if source == "language_reference":
+        return python
+    found = {(d.metadata["Name"], d.version) for d in importlib.metadata.distributions()}
+    rows = sorted(row for row in found if row[0] != OWN_DISTRIBUTION)
+    return f"{python}, packages {hashlib.sha256(repr(rows).encode()).hexdigest()[:12]}"
+
+
+def language_reference(part: int = 0) -> Iterator[Document]:
     """The topics of `pydoc`, whole."""
     from pydoc_data import topics
 
@@ -91,21 +103,24 @@ def language_reference() -> Iterator[Document]:
         yield Document(f"language_reference/{name}", _clean(text))
 
 
-def docstrings() -> Iterator[Document]:
-    """Docstrings of modules, classes and functions, read from the source without importing it."""
+def docstrings(part: int = 0) -> Iterator[Document]:
+    """Docstrings of modules, classes and functions, read from the source without importing it.
+
+    A part has every so manieth file, since parsing them takes a while.
+    """
     roots = [("python", Path(sysconfig.get_path("stdlib")))]
     for name in DOCSTRING_PACKAGES:
         spec = importlib.util.find_spec(name)
         folders = [] if spec is None else sorted(spec.submodule_search_locations or ())
         roots += [(name, Path(folder)) for folder in folders]
     for name, root in roots:
-        for path in _source_files(root):
+        for path in _source_files(root)[part :: PARTS["docstrings"]]:
             place = f"{name}/{path.relative_to(root).as_posix()}"
             for qualified_name, text in file_docstrings(path):
                 yield Document(f"docstrings/{place}:{qualified_name}", _clean(text))
 
 
-def package_descriptions() -> Iterator[Document]:
+def package_descriptions(part: int = 0) -> Iterator[Document]:
     """Long descriptions of distributions, without badges and HTML."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
@@ -144,35 +159,18 @@ def prose(texts: Iterable[Document]) -> Iterator[Document]:
     """Keeps the paragraphs that are sentences, each on one line; code, tables and headings go."""
     for document in texts:
         paragraphs = (" ".join(p.split()) for p in re.split(r"\n[ \t]*\n", document.text))
-        kept = [paragraph for paragraph in paragraphs if _is_prose(paragraph)]
-        if kept:
-            yield Document(document.id, "\n\n".join(kept))
+        text = "\n\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
+        if len(text) >= MIN_CHARACTERS:
+            yield Document(document.id, text)
 
 
 def _is_prose(paragraph: str) -> bool:
-    words = sum(character.isalpha() or character == " " for character in paragraph)
+    words = sum(map(len, WORDS.findall(paragraph)))
     return (
         len(paragraph.split()) >= MIN_PROSE_WORDS
         and words >= PROSE_SHARE * len(paragraph)
         and ">>>" not in paragraph
     )
-
-
-def remove_repeated_paragraphs(texts: Iterable[Document], seen: set[bytes]) -> Iterator[Document]:
-    """Drops paragraphs that `seen` holds already, and then documents that are too short."""
-    for document in texts:
-        kept = []
-        for paragraph in re.split(r"\n[ \t]*\n", document.text):
-            words = " ".join(paragraph.casefold().split())
-            if len(words) >= MIN_DUPLICATE:
-                digest = hashlib.blake2b(words.encode(), digest_size=16).digest()
-                if digest in seen:
-                    continue
-                seen.add(digest)
-            kept.append(paragraph)
-        text = "\n\n".join(kept).strip("\n")
-        if len(text) >= MIN_CHARACTERS:
-            yield Document(document.id, text)
 
 
 def cut(texts: Iterable[Document]) -> Iterator[Document]:
@@ -191,6 +189,7 @@ def cut(texts: Iterable[Document]) -> Iterator[Document]:
                 yield Document(f"{document.id}/{i}", text)
 
 
+@functools.lru_cache(maxsize=64)
 def _source_files(root: Path) -> list[Path]:
     paths = (path.relative_to(root) for path in root.rglob("*.py"))
     return [root / path for path in sorted(paths) if SKIPPED_FOLDERS.isdisjoint(path.parts)]
@@ -228,8 +227,9 @@ def _clean(text: str) -> str:
     return re.sub(r"\n([ \t]*\n){3,}", "\n\n\n", text).strip("\n")
 
 
-_READERS: dict[str, tuple[Callable[[], Iterator[Document]], bool]] = {
-    "language_reference": (language_reference, True),
-    "docstrings": (docstrings, False),
-    "package_descriptions": (package_descriptions, True),
+_READERS: dict[str, Callable[[int], Iterator[Document]]] = {
+    "language_reference": language_reference,
+    "docstrings": docstrings,
+    "package_descriptions": package_descriptions,
 }
+_WHOLE = ("docstrings",)

@@ -202,6 +202,9 @@ class QualityStep:
 
     enabled: bool = False
     model: str = ""  # a file of tools/train_quality_model.py, or a folder of a classifier
+    good_sources: tuple[str, ...] = ()  # or train one here: on documents of these sources ...
+    bad_sources: tuple[str, ...] = ()  # ... against those of these (Brown et al. 2020, app. A)
+    train_documents: int = 2_000  # of each kind, at most
     label: int = -1  # a classifier's class whose probability counts; -1: the last
     batch_size: int = 32
     max_tokens: int = 512  # a classifier reads a document's beginning
@@ -274,6 +277,7 @@ class CorpusConfig:
     steps: StepsConfig = StepsConfig()
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     heldout_fraction: float = 0.01  # of the documents, by hash
+    min_heldout_documents: int = 16  # of a store, where that is no more than a tenth of it
     seed: int = 0  # of the documents' order
     shard_tokens: int = 2**27
     keep_removed: bool = False  # write removed documents too
@@ -330,6 +334,8 @@ def _validate(corpus: CorpusConfig) -> None:
     _require(corpus.samples >= 0, "samples", corpus.samples, "zero or a positive number")
     fraction = corpus.heldout_fraction
     _require(0 <= fraction < 1, "heldout_fraction", fraction, "a number from 0 up to 1")
+    least = corpus.min_heldout_documents
+    _require(least >= 0, "min_heldout_documents", least, "zero or a positive number")
     chosen = [k for k in ("path", "builtin", "train_vocab_size") if getattr(corpus.tokenizer, k)]
     _require(
         len(chosen) == 1,
@@ -343,7 +349,12 @@ def _validate(corpus: CorpusConfig) -> None:
     if corpus.executor.kind == "slurm":
         _require(bool(corpus.executor.partition), "executor.partition", "", "a Slurm partition")
     _validate_steps(corpus.steps)
-    buckets = corpus.steps.quality.buckets or ("",)
+    quality = corpus.steps.quality
+    for field in ("good_sources", "bad_sources"):
+        for name in getattr(quality, field):
+            known = ", ".join(corpus.sources)
+            _require(name in corpus.sources, f"steps.quality.{field}", name, f"some of {known}")
+    buckets = quality.buckets or ("",)
     names = [f"{source}_{bucket}" for source in corpus.sources for bucket in buckets]
     _require(
         len(set(names)) == len(names),
@@ -401,7 +412,18 @@ def _validate_steps(steps: StepsConfig) -> None:
 
 def _validate_quality(quality: QualityStep) -> None:
     key = "steps.quality"
-    _require(not quality.enabled or bool(quality.model), f"{key}.model", "", "a model")
+    if quality.enabled:
+        trained = bool(quality.good_sources) and bool(quality.bad_sources)
+        none = not quality.good_sources and not quality.bad_sources
+        _require(
+            bool(quality.model) != trained and (trained or none),
+            f"{key}.model",
+            quality.model,
+            "a model, or good_sources and bad_sources to train one on",
+        )
+    least = 10
+    count = quality.train_documents
+    _require(count >= least, f"{key}.train_documents", count, f"at least {least}")
     _require(quality.batch_size > 0, f"{key}.batch_size", quality.batch_size, "a positive number")
     given = [name for name in ("thresholds", "shares") if getattr(quality, name)]
     if not quality.buckets:

@@ -11,6 +11,7 @@ from datatrove.data import Document
 from danube_jax import files
 from danube_jax.data.corpus import words
 from danube_jax.data.corpus.config import DecontaminationStep
+from danube_jax.data.corpus.inputs import import_pyarrow
 from danube_jax.data.corpus.rule import SOURCE, Rule
 from danube_jax.data.corpus.tally import Tally
 from danube_jax.errors import UserError
@@ -66,9 +67,7 @@ def _texts(path: Path, columns: tuple[str, ...]) -> Iterator[str]:
     try:
         name = path.name.removesuffix(".gz")
         if name.endswith(".parquet"):
-            import pyarrow.parquet
-
-            rows: Any = pyarrow.parquet.read_table(path).to_pylist()
+            rows: Any = import_pyarrow(str(path)).parquet.read_table(path).to_pylist()
         else:
             data = path.read_bytes()
             data = gzip.decompress(data) if path.suffix == ".gz" else data

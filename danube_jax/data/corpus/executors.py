@@ -4,6 +4,9 @@ import contextlib
 import io
 import json
 import os
+import re
+import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -20,12 +23,17 @@ from danube_jax.errors import RunError, UserError
 POLL_SECONDS = 0.5
 PLAIN_SECONDS = 10.0
 SLURM_POLL_SECONDS = 5.0
+SLURM_ABSENT_POLLS = 3  # a shared file system may show the last marks of completion late
+USER_ERROR = re.compile(r"danube_jax\.errors\.UserError: (.+)")
 
 
 class _Local(LocalPipelineExecutor):
     """datatrove's, which keeps its log in its files."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
+        if multiprocess.parent_process() is not None:
+            # An interrupt from the terminal is the parent's, which ends its workers.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             # Its log also goes to what is stderr when a task begins.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -74,10 +82,13 @@ class Runner:
 
     def _wait(self, executor: Any, logs: Path) -> None:
         """Slurm returns when the jobs are queued; the others when they are done."""
-        while self.config.kind == "slurm" and executor.get_incomplete_ranks():
-            time.sleep(SLURM_POLL_SECONDS)
+        if self.config.kind == "slurm":
+            _wait_for_jobs(executor)
         missing = executor.get_incomplete_ranks()
         if missing:
+            found = _user_error(logs / "slurm")
+            if found:
+                raise UserError(found)
             raise RunError(
                 f"{len(missing)} of {executor.world_size} tasks failed (the first is "
                 f"{missing[0]}); {logs / 'logs'} says why; the same command goes on from here"
@@ -106,6 +117,36 @@ class Runner:
             slurm_logs_folder=str(logs / "slurm"),
             mail_type="NONE",
         )
+
+
+def _wait_for_jobs(executor: Any) -> None:
+    """Returns when all tasks are done, or when Slurm no longer has the job in its queue."""
+    absent = 0
+    while executor.get_incomplete_ranks() and absent < SLURM_ABSENT_POLLS:
+        absent = 0 if _is_queued(str(executor.job_id)) else absent + 1
+        time.sleep(SLURM_POLL_SECONDS)
+
+
+def _is_queued(job: str) -> bool:
+    """Whether Slurm has the job in its queue, waiting or running; True where it does not say."""
+    try:
+        found = subprocess.run(
+            ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return True
+    if found.returncode:
+        return "invalid job id" not in found.stderr.lower()
+    return bool(found.stdout.strip())
+
+
+def _user_error(folder: Path) -> str:
+    """What a failed task said of bad input in its job's log; '' for nothing."""
+    for path in sorted(folder.glob("*.out"), key=lambda path: -path.stat().st_mtime):
+        found = USER_ERROR.findall(path.read_text(encoding="utf-8", errors="replace"))
+        if found:
+            return found[-1].strip()
+    return ""
 
 
 def _ray_executor(shared: dict[str, Any], config: ExecutorConfig) -> Any:

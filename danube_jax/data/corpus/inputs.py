@@ -5,10 +5,13 @@ The division follows from the files and the config, never from the number of wor
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
+from typing import Any
 
 import fsspec
 
+from danube_jax.data.corpus import builtin
 from danube_jax.data.corpus.config import CorpusConfig, TextSource
 from danube_jax.errors import UserError
 
@@ -75,7 +78,11 @@ def list_inputs(corpus: CorpusConfig) -> list[InputPart]:
     parts = []
     for name, source in corpus.sources.items():
         if source.builtin:
-            parts.append(InputPart(name, source.builtin, "builtin", corpus.task_bytes))
+            # Its size is not known before it is read; a part is a task.
+            count = builtin.PARTS[source.builtin]
+            size = corpus.task_bytes * count
+            kind = source.builtin
+            parts += [InputPart(name, kind, "builtin", size, i, count) for i in range(count)]
             continue
         for path, size in _find(name, source):
             kind = _format(name, source, path)
@@ -132,13 +139,12 @@ def _find(name: str, source: TextSource) -> list[tuple[str, int]]:
 
 def _relative(given: str, path: str) -> str:
     """A path as the user would write it, so that results do not depend on the folder's place."""
-    import os
-
     return path if os.path.isabs(given) else os.path.relpath(path)
 
 
 def _is_file(info: Mapping) -> bool:
-    return info.get("type") == "file"
+    link = info.get("islink") and os.path.isfile(info["name"])  # local file systems alone have them
+    return info.get("type") == "file" or bool(link)
 
 
 def _suffix(path: str) -> str:
@@ -173,8 +179,7 @@ def _num_parts(kind: str, path: str, size: int, task_bytes: int) -> int:
     if kind == "jsonl":
         return min(MAX_STRIDED_PARTS, max(1, math.ceil(size * COMPRESSION_RATIO / task_bytes)))
     if kind == "parquet" and size > task_bytes:
-        import pyarrow.parquet
-
+        pyarrow = import_pyarrow(path)
         try:
             with fsspec.open(path, "rb") as raw:
                 groups = pyarrow.parquet.ParquetFile(raw).num_row_groups
@@ -182,3 +187,18 @@ def _num_parts(kind: str, path: str, size: int, task_bytes: int) -> int:
             return 1
         return max(1, min(groups, math.ceil(size * COMPRESSION_RATIO / task_bytes)))
     return 1
+
+
+def import_pyarrow(path: str) -> Any:
+    """The module pyarrow with its parquet part.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: parquet files need the package pyarrow: pip install 'danube-jax[data]'"
+        ) from None
+    return pyarrow

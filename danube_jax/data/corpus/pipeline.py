@@ -3,12 +3,13 @@
     clean     read → rules → (signatures) → documents
     repeats   drop repeated lines or paragraphs, where wanted, and take the MinHash signatures then
     select    drop duplicates → score → documents, which stay for the user
-    tokenise  split, tokenise
+    tokenise  divide by source, score and hash; tokenise
     stores    shuffle, write
 
 A task of a stage is done or not; a killed preparation repeats the tasks that were not.
 """
 
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -22,15 +23,31 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets
 from danube_jax import files
 from danube_jax.config import TokenizerConfig, to_dict
 from danube_jax.console import info
-from danube_jax.data.corpus import decontaminate, dedup, heuristics, minhash, quality, text_rules
-from danube_jax.data.corpus.config import CorpusConfig
+from danube_jax.data.corpus import (
+    builtin,
+    decontaminate,
+    dedup,
+    heuristics,
+    minhash,
+    quality,
+    quality_training,
+    text_rules,
+)
+from danube_jax.data.corpus.config import CorpusConfig, QualityStep
 from danube_jax.data.corpus.executors import Runner
 from danube_jax.data.corpus.inputs import divide, list_inputs, listing
 from danube_jax.data.corpus.records import RecordReader, write_bad_records
 from danube_jax.data.corpus.stages import FILE, SaveTally, StageReader, document_writer
 from danube_jax.data.corpus.statistics import Statistics, collect
 from danube_jax.data.corpus.tally import Tally, load_all, merge
-from danube_jax.data.corpus.tokenise import Tokenise, WriteStores, finished_stores, store_names
+from danube_jax.data.corpus.tokenise import (
+    NotePlaces,
+    Placement,
+    Tokenise,
+    WriteStores,
+    finished_stores,
+    store_names,
+)
 from danube_jax.data.corpus.tokenizer_sample import train_on_documents
 from danube_jax.data.tokenizer import load_tokenizer
 from danube_jax.errors import UserError
@@ -39,7 +56,9 @@ PLAN = "preparation.json"
 STATISTICS = "statistics.json"
 BAD_RECORDS = "bad_records.jsonl"
 TOKENIZER = "tokenizer.model"
-PLAN_VERSION = 1
+QUALITY_MODEL = "quality.json"
+DOCUMENTS = "documents"
+PLAN_VERSION = 2
 STAGES = ("clean", "repeats", "select", "tokenise")  # those that count
 
 
@@ -47,7 +66,8 @@ def prepare(corpus: CorpusConfig) -> Statistics:
     """Prepares a corpus, goes on with one that was stopped, or finds it done.
 
     Writes into `corpus.output`: `stores/SOURCE[_BUCKET]/{train,heldout}`, `documents/`,
-    `statistics.json`, `bad_records.jsonl`, and `tokenizer.model` where one is trained.
+    `statistics.json`, `bad_records.jsonl`, and `tokenizer.model` and `quality.json` where they are
+    trained.
 
     Raises:
       UserError: bad input or config; the folder holds a preparation of another config or of other
@@ -55,6 +75,10 @@ def prepare(corpus: CorpusConfig) -> Statistics:
       RunError: tasks failed.
     """
     output = Path(corpus.output)
+    if (output / STATISTICS).is_file():  # several processes may ask at once
+        done = _Preparation(corpus, output).finished()
+        if done is not None:
+            return done
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w") as lock:
         try:
@@ -75,54 +99,76 @@ class _Preparation:
             "config": _essential(corpus),
             "files": _file_sums(corpus),
             "inputs": listing(parts),
+            "installed": {
+                name: builtin.installed(source.builtin)
+                for name, source in corpus.sources.items()
+                if source.builtin
+            },
         }
         self.runner = Runner(corpus.executor, self.work)
 
     def run(self) -> Statistics:
-        done = self._check_plan()
+        done = self.finished()
         if done is not None:
             return done
+        self._check_plan()
         if not self.corpus.tokenizer.train_vocab_size:
             load_tokenizer(self.corpus.tokenizer).framing()  # refused before the work, not after
-        if self.steps.quality.enabled:
+        if self.steps.quality.enabled and self.steps.quality.model:
             quality.load_scorer(self.steps.quality)
         self._clean()
         documents, signed = self._repeats()
         self._select(documents, signed)
-        tokenizer = self._tokenizer()
-        self._stores(tokenizer)
-        return self._finish(tokenizer)
+        placement = Placement.of(self.corpus, self._folder("select", "places"))
+        tokenizer = self._tokenizer(placement)
+        self._stores(placement, tokenizer)
+        return self._finish(placement, tokenizer)
 
     def _folder(self, stage: str, name: str) -> Path:
         return self.work / stage / name
 
-    def _check_plan(self) -> Statistics | None:
-        """The statistics of a finished preparation; notes the plan of a new one."""
-        path = self.output / PLAN
-        if not path.exists():
-            files.write_json(path, self.plan)
+    def finished(self) -> Statistics | None:
+        """The statistics of a finished preparation, or None.
+
+        Raises:
+          UserError: it was made from something else.
+        """
+        statistics = self.output / STATISTICS
+        if not statistics.is_file():
             return None
+        # Packages may have come or gone since: their text is in the stores.
+        self._refuse(_changes(self._plan_before(), self.plan | {"installed": {}}))
+        info(f"data: already prepared in {self.output}")
+        return Statistics.load(statistics)
+
+    def _plan_before(self) -> dict[str, Any]:
+        path = self.output / PLAN
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = _changes(before, self.plan)
+            _changes(before, self.plan)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: cannot be read ({error!r}); delete {self.output}") from None
-        statistics = self.output / STATISTICS
-        begun = statistics.is_file() or any(self.work.glob("*/completions/*"))
-        if changed and not begun:
-            # Nothing was done yet: a first try, stopped by a mistake that is now mended.
-            shutil.rmtree(self.work, ignore_errors=True)
-            files.write_json(path, self.plan)
-            return None
+        return before
+
+    def _refuse(self, changed: str) -> None:
         if changed:
             raise UserError(
                 f"{self.output}: was prepared with another {changed}; delete it, or set "
                 "config.output to another folder"
             )
-        if not statistics.is_file():
-            return None
-        info(f"data: already prepared in {self.output}")
-        return Statistics.load(statistics)
+
+    def _check_plan(self) -> None:
+        """Notes the plan of a new preparation, or compares it with that of a stopped one."""
+        path = self.output / PLAN
+        if path.exists():
+            changed = _changes(self._plan_before(), self.plan)
+            if any(self.work.glob("*/completions/*")):
+                self._refuse(changed)
+            if not changed:
+                return
+            # Nothing was done yet: a first try, stopped by a mistake that is mended.
+            shutil.rmtree(self.work, ignore_errors=True)
+        files.write_json(path, self.plan)
 
     def _removed(self, stage: str) -> Any:
         """Where removed documents go, if they are wanted."""
@@ -226,10 +272,11 @@ class _Preparation:
             near = self._near_duplicates(signed)
             pipeline.append(minhash.RemoveNearDuplicates(near, tally, exclusion_writer=removed))
         if steps.quality.enabled:
-            scores = self._folder("select", "scores")
-            pipeline.append(quality.Score(steps.quality, scores, tally, removed))
+            step = self._quality_model(documents)
+            pipeline.append(quality.Score(step, tally, removed))
+        pipeline.append(NotePlaces(self.corpus, self._folder("select", "places")))
         self._run_documents("select", pipeline, tally, final=True, removed=removed)
-        if not self._sizes(self._folder("select", "documents")):
+        if not self._sizes(self._selected()):
             rows = [row for stage in STAGES for row in load_all(self._folder(stage, "tally"))]
             reasons = Counter()
             for steps_of in merge(rows, 0).steps.values():
@@ -241,6 +288,21 @@ class _Preparation:
                 f"{self.output}: no document is left after the steps ({most}); loosen their "
                 "thresholds in config.steps"
             )
+
+    def _selected(self) -> Path:
+        """The documents that stay; their last place, once they are there."""
+        final = self.output / DOCUMENTS
+        return final if final.exists() else self._folder("select", "documents")
+
+    def _quality_model(self, documents: Path) -> QualityStep:
+        """The settings with a model's path, trained now where the config asks for it."""
+        step = self.steps.quality
+        if step.model:
+            return step
+        path = self.output / QUALITY_MODEL
+        if not path.exists():
+            quality_training.train_on_sources(step, documents, path)
+        return dataclasses.replace(step, model=str(path))
 
     def _near_duplicates(self, signed: str) -> Path:
         """Finds near duplicates; returns the folder that says which documents go."""
@@ -259,22 +321,22 @@ class _Preparation:
         self.runner.run("cluster", [cluster], 1)
         return removal
 
-    def _tokenizer(self) -> TokenizerConfig:
+    def _tokenizer(self, placement: Placement) -> TokenizerConfig:
         """The tokenizer, trained now where the config asks for it."""
         size = self.corpus.tokenizer.train_vocab_size
         if not size:
             return self.corpus.tokenizer
         path = self.output / TOKENIZER
         if not path.exists():
-            train_on_documents(self.corpus, self._folder("select", "documents"), path, size)
+            train_on_documents(placement, self._selected(), path, size)
         return TokenizerConfig(path=str(path))
 
-    def _stores(self, tokenizer: TokenizerConfig) -> None:
-        documents, tally = self._folder("select", "documents"), Tally()
+    def _stores(self, placement: Placement, tokenizer: TokenizerConfig) -> None:
+        documents, tally = self._selected(), Tally()
         folder = self._folder("tokenise", "pieces")
         pipeline = [
             StageReader(documents, self._folder("tokenise", "progress")),
-            Tokenise(self.corpus, tokenizer, folder, self._folder("select", "scores"), tally),
+            Tokenise(placement, tokenizer, folder, tally),
             SaveTally(tally, self._folder("tokenise", "tally")),
         ]
         self.runner.run("tokenise", pipeline, len(self.tasks), self._sizes(documents))
@@ -289,16 +351,14 @@ class _Preparation:
         write = WriteStores(self.corpus, tokenizer, folder, self.output / "stores", provenance)
         self.runner.run("stores", [write], len(write.targets))
 
-    def _finish(self, tokenizer: TokenizerConfig) -> Statistics:
+    def _finish(self, placement: Placement, tokenizer: TokenizerConfig) -> Statistics:
         rows = [row for stage in STAGES for row in load_all(self._folder(stage, "tally"))]
         tally = merge(rows, self.corpus.samples)
         stores = finished_stores(self.corpus, self.output / "stores")
-        bounds = quality.bucket_bounds(self.steps.quality, self._folder("select", "scores"))
-        statistics = collect(self.corpus, tally, stores, tokenizer, bounds)
+        statistics = collect(self.corpus, tally, stores, tokenizer, placement.bucket_bounds)
         write_bad_records(self.output / BAD_RECORDS, tally.bad_records)
-        final = self.output / "documents"
-        if not final.exists():
-            self._folder("select", "documents").rename(final)
+        if self._selected() != self.output / DOCUMENTS:
+            self._selected().rename(self.output / DOCUMENTS)
         statistics.save(self.output / STATISTICS)
         shutil.rmtree(self.work)
         missing = [name for name in store_names(self.corpus) if name not in stores]
@@ -322,11 +382,17 @@ def _file_sums(corpus: CorpusConfig) -> dict[str, str]:
     if steps.lists.enabled:
         for key in ("blocked_words", "blocked_domains", "blocked_url_words"):
             named[f"lists.{key}"] = getattr(steps.lists, key)
+    if steps.decontamination.enabled:
+        named["decontamination.path"] = steps.decontamination.path
     if steps.quality.enabled:
         named["quality.model"] = steps.quality.model
-    for key, path in named.items():
-        if path and Path(path).is_file():
+    for key, name in named.items():
+        path = Path(name)
+        if name and path.is_file():
             out[key] = files.sha256_file(path)
+        elif name and path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            out |= {f"{key}/{f.relative_to(path)}": files.sha256_file(f) for f in inside}
     if not corpus.tokenizer.train_vocab_size:
         out["tokenizer"] = load_tokenizer(corpus.tokenizer).fingerprint
     return out
@@ -334,6 +400,8 @@ def _file_sums(corpus: CorpusConfig) -> dict[str, str]:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two plans, in words; '' for nothing."""
+    if before["version"] != now["version"]:
+        return "version of this program"
     old, new = _flat(before["config"]), _flat(now["config"])
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if keys:
@@ -341,11 +409,14 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     for key in sorted(before["files"].keys() | now["files"].keys()):
         if before["files"].get(key) != now["files"].get(key):
             return f"file of {key}"
+    for name, versions in now["installed"].items():
+        if before["installed"].get(name) != versions:
+            return f"set of installed packages, which source {name!r} is text of"
     was, now_is = ({row[1]: row[2] for row in plan["inputs"]} for plan in (before, now))
     for path in sorted(was.keys() | now_is.keys()):
         if was.get(path) != now_is.get(path):
             return f"set of input files ({path} is new, gone or of another size)"
-    return "version of this program" if before["version"] != now["version"] else ""
+    return ""
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,32 +1,20 @@
-"""From documents to token stores: held-out split, tokenizer, framing."""
+"""Built-in text through the corpus pipeline, for a run that names it."""
 
 import dataclasses
-import hashlib
 import json
-import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from danube_jax import files
-from danube_jax.config import BUILTIN_SOURCES, RunConfig
-from danube_jax.console import progress
-from danube_jax.data.corpus import builtin
-from danube_jax.data.corpus.builtin import Document
-from danube_jax.data.token_store import TokenStore, is_finished
-from danube_jax.data.token_store_writer import TokenStoreWriter
-from danube_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, train_bpe
+import ml_collections
+
+from danube_jax.config import BUILTIN_SOURCES, RunConfig, to_dict
+from danube_jax.console import info, warn
+from danube_jax.data.corpus.config import corpus_config, parse_corpus_config, text_source
+from danube_jax.data.tokenizer import load_tokenizer
 from danube_jax.errors import UserError
 
-PLAN = "preparation.json"
-PLAN_VERSION = 1
-TOKENIZER = "tokenizer.model"
+BUCKETS = ("high", "low")
 PARTS = ("train", "heldout")
-CHUNK_DOCUMENTS = 256
-SHINGLE_WORDS = 8
-MIN_HELDOUT = 16  # documents, where that is no more than a tenth of them
-NEAR_COPY = 0.3  # share of a held-out document's shingles that training text may hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +32,54 @@ class PreparedData:
     tokenizer: str
 
 
+def builtin_corpus_config(sources: Mapping[str, str]) -> ml_collections.ConfigDict:
+    """The steps for built-in text: documents of a few sentences that are mostly clean.
+
+    Where the language reference is among the sources, a quality model is trained on it against
+    the others, and the tenth that is least like it goes into stores of its own (`SOURCE_low`).
+
+    Args:
+      sources: name → one of `danube_jax.config.BUILTIN_SOURCES`.
+    """
+    config = corpus_config()
+    # The better source keeps a text that two have.
+    ranked = sorted(sources, key=lambda name: BUILTIN_SOURCES.index(sources[name]))
+    config.sources = {name: text_source(builtin=sources[name]) for name in ranked}
+    steps = config.steps
+    steps.language.min_score = 0.5  # names of functions are no English
+    steps.language.sample_characters = 400
+    # In one or two sentences, the commonest run of words is a large part although it stands once.
+    for n in (2, 3, 4):
+        steps.gopher_repetition[f"top_{n}_gram"] = 0.0
+    for n in range(5, 11):
+        steps.gopher_repetition[f"duplicate_{n}_gram"] = 0.25
+    steps.gopher_quality.min_words = 12
+    steps.gopher_quality.min_alphabetic_words = 0.65
+    steps.gopher_quality.min_stop_words = 1
+    steps.fineweb.max_duplicate_characters = 0.1
+    steps.repeated_text.enabled = True
+    steps.repeated_text.min_document_characters = 80
+    # Packages copy documentation from each other and change it: half as alike is alike enough.
+    steps.minhash.ngram_words = 4
+    steps.minhash.buckets = 16
+    steps.minhash.hashes_per_bucket = 4
+    good = tuple(name for name in ranked if sources[name] == "language_reference")
+    bad = tuple(name for name in ranked if name not in good)
+    if good and bad:
+        steps.quality.enabled = True
+        steps.quality.good_sources, steps.quality.bad_sources = good, bad
+        steps.quality.buckets, steps.quality.shares = BUCKETS, (0.9,)
+    return config
+
+
 def prepare_builtin(run: RunConfig, directory: str | Path) -> PreparedData:
     """Makes token stores of the run's built-in sources; sources with paths are passed through.
 
-    Writes `tokenizer.model`, where one is to be trained, and `SOURCE/train` and `SOURCE/heldout`.
-    The tokenizer is trained on the training part alone. A second call finds everything done; after
-    a killed one it goes on where that stopped.
+    A second call finds everything done; after a killed one it goes on where that stopped.
 
     Args:
       run: the config.
-      directory: folder of the prepared data.
+      directory: folder of the prepared data, as `pipeline.prepare` leaves it.
 
     Raises:
       UserError: the directory holds data of other settings, or there is nothing to train a
@@ -74,207 +100,86 @@ def prepare_builtin(run: RunConfig, directory: str | Path) -> PreparedData:
             "expected tokenizer.path or tokenizer.builtin"
         )
     tokenizer = None if vocab_size else load_tokenizer(run.data.tokenizer)
-    model = directory / TOKENIZER if tokenizer is None else tokenizer.path
-    prepared = _resolve(run, directory, model)
-    if not chosen:
-        return prepared
-    if tokenizer is not None:
-        tokenizer.framing()  # refuses a tokenizer that cannot tell documents apart
-    settings = {
-        "version": PLAN_VERSION,
-        "sources": chosen,
-        "heldout_fraction": run.data.heldout_fraction,
-        "tokenizer": tokenizer.fingerprint if tokenizer else f"trained, {vocab_size} ids",
-    }
-    plan = _read_plan(directory, settings)
-    stores = {(name, part): directory / name / part for name in chosen for part in PARTS}
-    if plan and model.exists() and all(map(is_finished, stores.values())):
-        _say(f"data: already prepared in {directory}")
-        return prepared
-    split = _split_documents(chosen, run.data.heldout_fraction)
-    _check_plan(directory, plan, settings, split)
-    if tokenizer is None:
-        tokenizer = _trained_tokenizer(model, vocab_size, split)
-    for (name, part), path in stores.items():
-        if not is_finished(path):
-            _write_store(path, split[name, part], tokenizer, chosen[name], part)
-    _say(f"data: prepared in {directory}")
-    for (name, part), path in stores.items():
-        store = TokenStore.open(path)
-        _say(
-            f"  {name}/{part}: {store.documents:,} documents, {store.bytes / 1e6:.2f} MB, "
-            f"{store.tokens:,} tokens, {store.bytes / store.tokens:.2f} bytes a token"
-        )
-    return prepared
+    given = run.data.sources
+    train = {name: row.path for name, row in given.items() if not row.builtin}
+    heldout = {name: row.heldout_path for name, row in given.items() if row.heldout_path}
+    if chosen:
+        if tokenizer is not None:
+            tokenizer.framing()  # refuses a tokenizer that cannot tell documents apart
+        stores = _prepare(run, directory, chosen)
+        train |= {name: parts["train"] for name, parts in stores.items()}
+        heldout |= {name: p["heldout"] for name, p in stores.items() if "heldout" in p}
+    model = directory / "tokenizer.model" if tokenizer is None else tokenizer.path
+    order = list(given)
+    return PreparedData(
+        {name: train[name] for name in order},
+        {name: heldout[name] for name in order if name in heldout},
+        str(model),
+    )
 
 
-def split_heldout(
-    texts: Iterable[Document], fraction: float
-) -> tuple[list[Document], list[Document]]:
-    """Splits documents by hash and shuffles each part.
+def _prepare(
+    run: RunConfig, directory: Path, chosen: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Source → part → folder of its store, after the pipeline."""
+    # datatrove and what comes with it are only loaded where they are needed.
+    from danube_jax.data.corpus import pipeline
+    from danube_jax.data.corpus.html import write_page
 
-    Where a document goes and where it stands depends on its id and text; a small source holds out
-    `MIN_HELDOUT` documents, and each part gets one at least.
-
-    Args:
-      texts: documents, two at least.
-      fraction: about this share of them is held out.
-
-    Returns:
-      (training, held-out) documents.
-    """
-    ranked = sorted((_hash("heldout", text), text) for text in texts)
-    if len(ranked) < 2:
-        raise UserError(f"{len(ranked)} documents cannot be split; expected two at least")
-    bound = int(fraction * 2**64)
-    cut = sum(rank < bound for rank, _ in ranked)
-    cut = min(max(cut, 1, min(MIN_HELDOUT, len(ranked) // 10)), len(ranked) - 1)
-
-    def shuffled(part: list[tuple[int, Document]]) -> list[Document]:
-        return [text for _, text in sorted((_hash("order", text), text) for _, text in part)]
-
-    return shuffled(ranked[cut:]), shuffled(ranked[:cut])
-
-
-def drop_near_copies(heldout: Sequence[Document], train: Iterable[Document]) -> list[Document]:
-    """Drops held-out documents much of whose text stands in the training documents too.
-
-    A document goes when more than `NEAR_COPY` of its runs of eight words occur in one or another
-    training document; where all would go, the least alike stays.
-    """
-    shingles = [set(_shingles(text)) for text in heldout]
-    wanted = set().union(*shingles)
-    found = set()
-    for text in train:
-        found |= wanted.intersection(_shingles(text))
-    alike = [len(own & found) / max(1, len(own)) for own in shingles]
-    bound = max(NEAR_COPY, min(alike))
-    return [text for text, share in zip(heldout, alike, strict=True) if share <= bound]
-
-
-def _shingles(text: Document) -> Iterable[tuple[str, ...]]:
-    """Runs of eight words, or the few words there are."""
-    words = re.findall(r"\w+", text.text.casefold())
-    size = max(1, min(SHINGLE_WORDS, len(words)))
-    return zip(*(words[i:] for i in range(size)), strict=False)
-
-
-def _hash(purpose: str, text: Document) -> int:
-    data = json.dumps([purpose, *text]).encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _resolve(run: RunConfig, directory: Path, model: Path) -> PreparedData:
-    train, heldout = {}, {}
-    for name, source in run.data.sources.items():
-        folder = directory / name
-        train[name] = str(folder / "train") if source.builtin else source.path
-        heldout[name] = str(folder / "heldout") if source.builtin else source.heldout_path
-    return PreparedData(train, {k: path for k, path in heldout.items() if path}, str(model))
-
-
-def _read_plan(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier preparation noted; refused where its settings differ."""
-    path = directory / PLAN
-    if not path.exists():
-        return None
+    config = builtin_corpus_config(chosen)
+    config.name, config.output = run.name, str(directory)
+    config.tokenizer.update(to_dict(run.data.tokenizer))
+    config.heldout_fraction = run.data.heldout_fraction
+    config.executor.workers = 1  # in this process: others would load all that a run has loaded
+    quality = config.steps.quality
+    if quality.enabled and not _scored(directory):
+        quality.enabled = False
+        quality.good_sources = quality.bad_sources = quality.buckets = quality.shares = ()
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in settings if plan["settings"].get(key) != settings[key]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error!r}); delete {directory}") from None
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{directory}: was prepared with {key} {plan['settings'].get(key)!r}, the config asks "
-            f"for {settings[key]!r}; delete it or set config.data.directory to another folder"
-        )
-    return plan
-
-
-def _split_documents(
-    chosen: Mapping[str, str], fraction: float
-) -> dict[tuple[str, str], list[Document]]:
-    """(source, part) → documents; every paragraph of some length is in one place only."""
-    seen: set[bytes] = set()
-    split = {}
-    with progress("read built-in text", len(chosen), "sources") as advance:
-        for name in sorted(chosen, key=lambda name: BUILTIN_SOURCES.index(chosen[name])):
-            train, heldout = split_heldout(builtin.documents(chosen[name], seen), fraction)
-            split[name, "train"], split[name, "heldout"] = train, heldout
-            advance(1)
-    train = [text for (_, part), texts in split.items() if part == "train" for text in texts]
+        statistics = pipeline.prepare(parse_corpus_config(config))
+    except UserError as error:  # of a run, it is another key that names the folder
+        raise UserError(str(error).replace("config.output", "config.data.directory")) from None
+    page = directory / "report.html"
+    if not page.exists():
+        write_page(statistics, page)
+        rows = statistics.values["stores"]
+        for name, parts in rows.items():
+            for part, row in parts.items():
+                info(
+                    f"  {name}/{part}: {row['documents']:,} documents, {row['bytes'] / 1e6:.2f} "
+                    f"MB, {row['tokens']:,} tokens, {row['bytes'] / row['tokens']:.2f} bytes a "
+                    "token"
+                )
+        info(f"data: prepared in {directory}; {page} shows what each step did")
+    found = {}
     for name in chosen:
-        split[name, "heldout"] = drop_near_copies(split[name, "heldout"], train)
-    return split
+        folder = builtin_store(directory, name)
+        if not (folder / "train").is_dir():
+            raise UserError(
+                f"config.data.sources.{name}: no text is left of {chosen[name]!r} after the steps; "
+                f"{page} shows why"
+            )
+        found[name] = {part: str(folder / part) for part in PARTS if (folder / part).is_dir()}
+    return found
 
 
-def _check_plan(
-    directory: Path,
-    plan: Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
-    split: Mapping[tuple[str, str], list[Document]],
-) -> None:
-    """Notes what is to be prepared, or compares it with what a killed preparation noted."""
-    digest = hashlib.sha256()
-    for key, texts in sorted(split.items()):
-        digest.update(json.dumps([key, texts]).encode())
-    if plan is None:
-        files.write_json(
-            directory / PLAN, {"settings": settings, "text_sha256": digest.hexdigest()}
-        )
-    elif plan.get("text_sha256") != digest.hexdigest():
-        raise UserError(
-            f"{directory}: the installed packages changed since its preparation began; delete it "
-            "to start anew"
-        )
+def builtin_store(directory: Path, name: str) -> Path:
+    """The folder that holds the stores of a source in prepared built-in text."""
+    divided = directory / "stores" / f"{name}_{BUCKETS[0]}"
+    return divided if divided.is_dir() else directory / "stores" / name
 
 
-def _trained_tokenizer(
-    path: Path, vocab_size: int, split: Mapping[tuple[str, str], list[Document]]
-) -> Tokenizer:
-    if path.is_file():
-        return open_tokenizer(path)
-    texts = [text.text for (_, part), group in split.items() if part == "train" for text in group]
-    megabytes = sum(map(len, texts)) / 1e6
-    _say(f"data: training a tokenizer of {vocab_size:,} ids on {megabytes:.1f} M characters")
-    return train_bpe(texts, path, vocab_size)
-
-
-def _write_store(
-    path: Path, texts: list[Document], tokenizer: Tokenizer, source: str, part: str
-) -> TokenStore:
-    provenance = {
-        "source": f"built-in text {source!r}, {part} part",
-        "steps": [
-            "repeated paragraphs dropped",
-            "held-out documents split off by hash, without near copies of training text",
-            "documents shuffled by hash",
-            f"each framed by {tokenizer.framing()}",
-        ],
-        "python": sys.version.split()[0],
-    }
-    total = sum(len(text.text) for text in texts)
-    with (
-        progress(f"tokenise {path.parent.name}/{part}", total, "MB") as advance,
-        TokenStoreWriter(
-            path,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer=tokenizer.fingerprint,
-            provenance=provenance,
-        ) as writer,
-    ):
-        done = writer.documents_done
-        advance(sum(len(text.text) for text in texts[:done]))
-        for begin in range(done, len(texts), CHUNK_DOCUMENTS):
-            plain = [text.text for text in texts[begin : begin + CHUNK_DOCUMENTS]]
-            for text, ids in zip(
-                plain, tokenizer.encode_batch(plain, bos=True, eos=True), strict=True
-            ):
-                writer.add(ids, len(text.encode()))
-            advance(sum(map(len, plain)))
-        return writer.finish()
+def _scored(directory: Path) -> bool:
+    """Whether there are to be scores: as in what was begun, else where LightGBM can be loaded."""
+    try:
+        plan = json.loads((directory / "preparation.json").read_text(encoding="utf-8"))
+        return bool(plan["config"]["steps"]["quality"]["enabled"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        import lightgbm  # noqa: F401
+    except (ImportError, OSError) as error:  # its library needs the system's OpenMP
+        reason = " ".join(str(error).split())
+        warn(f"built-in text gets no quality scores, since LightGBM cannot be loaded ({reason})")
+        return False
+    return True

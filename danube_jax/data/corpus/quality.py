@@ -10,7 +10,6 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.batching import batched
 
-from danube_jax import files
 from danube_jax.data.corpus.config import QualityStep
 from danube_jax.data.corpus.rule import SOURCE
 from danube_jax.data.corpus.tally import Tally, utf8_size
@@ -98,7 +97,7 @@ def load_scorer(step: QualityStep) -> Scorer:
 
 
 class Score(PipelineStep):
-    """Writes a score into every document, removes the low ones, and notes all scores.
+    """Writes a score into every document, and removes the low ones.
 
     Texts are scored in batches; a score does not depend on what else is in the batch beyond
     rounding, and is written with four digits.
@@ -106,14 +105,13 @@ class Score(PipelineStep):
 
     type, name, key = "⚖ - SCORE", "quality", "quality"
 
-    def __init__(self, step: QualityStep, folder: Path, tally: Tally, exclusion_writer=None):
+    def __init__(self, step: QualityStep, tally: Tally, exclusion_writer=None):
         super().__init__()
-        self.step, self.folder, self.tally = step, Path(folder), tally
+        self.step, self.tally = step, tally
         self.exclusion_writer = exclusion_writer
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         scorer = load_scorer(self.step)
-        kept_scores = []
         for batch in batched(data, self.step.batch_size):
             begin = time.process_time()
             scores = scorer.score([document.text for document in batch])
@@ -134,23 +132,23 @@ class Score(PipelineStep):
                         document.id,
                         document.text,
                     )
-                    kept_scores.append(score)
                     yield document
                     continue
                 self.tally.sample(source, self.key, "low score", document.id, document.text)
                 if self.exclusion_writer:
                     document.metadata["filter_reason"] = "quality: low score"
                     self.exclusion_writer.write(document, rank)
-        data = np.array(kept_scores, np.float32).tobytes()
-        files.write_bytes(self.folder / f"{rank:05d}.f32", data)
 
 
-def bucket_bounds(step: QualityStep, folder: Path) -> tuple[float, ...]:
-    """Falling lower bounds of the buckets but the last, from thresholds or from all scores."""
+def bucket_bounds(step: QualityStep, scores: np.ndarray) -> tuple[float, ...]:
+    """Falling lower bounds of the buckets but the last, from thresholds or from all scores.
+
+    Args:
+      step: the settings.
+      scores: float32 [documents], of all that were kept.
+    """
     if step.thresholds or not step.buckets:
         return step.thresholds
-    parts = [np.fromfile(path, np.float32) for path in sorted(folder.glob("*.f32"))]
-    scores = np.concatenate([*parts, np.zeros(0, np.float32)])
     if not len(scores):
         return (0.0,) * len(step.shares)
     points = 1 - np.cumsum(step.shares)

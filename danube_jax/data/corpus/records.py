@@ -18,8 +18,9 @@ from datatrove.data import Document
 from datatrove.pipeline.readers.base import BaseReader
 
 from danube_jax import files
+from danube_jax.data.corpus import builtin
 from danube_jax.data.corpus.config import CorpusConfig, TextSource
-from danube_jax.data.corpus.inputs import InputPart
+from danube_jax.data.corpus.inputs import InputPart, import_pyarrow
 from danube_jax.data.corpus.rule import SOURCE
 from danube_jax.data.corpus.tally import Tally, utf8_size
 from danube_jax.data.corpus.zstd_file import ZstdFile
@@ -344,10 +345,8 @@ class _Parquet:
         return row
 
     def _read(self) -> Iterator[tuple[Record, float] | BadRecord]:
-        import pyarrow
-        import pyarrow.parquet
-
         path, source = self.part.path, self.source
+        pyarrow = import_pyarrow(path)
         columns = [c for c in (source.text_column, source.id_column, source.url_column) if c]
         try:
             with fsspec.open(path, "rb") as raw:
@@ -397,10 +396,8 @@ class _Builtin:
     """Iterator over the documents of built-in text."""
 
     def __init__(self, part: InputPart, source: TextSource, limit: int):
-        from danube_jax.data.corpus import builtin
-
-        self._documents = builtin.documents(source.builtin, set())
-        self._number, self._part = 0, part
+        self._documents = builtin.documents(source.builtin, part.part)
+        self._number = 0
 
     def __iter__(self):
         return self

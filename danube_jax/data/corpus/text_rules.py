@@ -178,7 +178,7 @@ def language_identifier(model: str):
         except ImportError:
             raise UserError(
                 "config.steps.language.model: without a file, the model of the package py3langid "
-                "is needed, which is not installed: pip install 'danube-jax[data]'"
+                "is needed, which is not installed: pip install py3langid"
             ) from None
         identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 

@@ -1,13 +1,15 @@
 """From documents to token stores: split by hash, tokenised by task, shuffled on writing.
 
-A task appends its documents' tokens to a file a store and notes each one's rank in the shuffle.
-Another stage gathers a store's documents in the order of these ranks. What a store holds follows
-from the documents and the seed alone.
+Which store and part a document belongs to follows from its source, score and hash, and from bounds
+that the scores and hashes of all documents give. A task appends its documents' tokens to a file a
+store and notes each one's rank in the shuffle. Another stage gathers a store's documents in the
+order of these ranks. What a store holds follows from the documents and the seed alone.
 """
 
+import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,104 @@ from datatrove.utils.batching import batched
 
 from danube_jax import files
 from danube_jax.config import TokenizerConfig
-from danube_jax.data.corpus.config import CorpusConfig
+from danube_jax.data.corpus.config import CorpusConfig, QualityStep
 from danube_jax.data.corpus.quality import SCORE, bucket_bounds, bucket_of
 from danube_jax.data.corpus.rule import SOURCE
-from danube_jax.data.corpus.tally import utf8_size
+from danube_jax.data.corpus.tally import Tally, utf8_size
 from danube_jax.data.token_store import MANIFEST, is_finished, token_dtype
 from danube_jax.data.token_store_writer import TokenStoreWriter
 from danube_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = ("train", "heldout")
 BATCH_DOCUMENTS = 64
+PLACE = np.dtype([("source", "<u4"), ("score", "<f4"), ("share", "<f8")])
 ROW = np.dtype([("rank", "<u8"), ("length", "<u4"), ("bytes", "<u4")])
 
 
-def placed(seed: int, text: str, heldout_fraction: float) -> tuple[str, int]:
-    """(part, rank in the shuffle) of a document; equal texts go to the same part."""
+def placed(seed: int, text: str) -> tuple[float, int]:
+    """(share in [0, 1) that decides whether it is held out, rank in the shuffle) of a document."""
     data = f"{seed}\0{text}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(data, digest_size=16).digest()
     share = int.from_bytes(digest[:8], "little") / 2**64
-    return PARTS[share < heldout_fraction], int.from_bytes(digest[8:], "little")
+    return share, int.from_bytes(digest[8:], "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Which store and part a document belongs to.
+
+    Attributes:
+      seed: of the hash.
+      quality: the settings of buckets.
+      bucket_bounds: scores at which buckets begin.
+      heldout_bounds: store → the share below which a document is held out.
+    """
+
+    seed: int
+    quality: QualityStep
+    bucket_bounds: tuple[float, ...]
+    heldout_bounds: Mapping[str, float]
+
+    @classmethod
+    def of(cls, corpus: CorpusConfig, folder: Path) -> "Placement":
+        """The bounds that follow from what `NotePlaces` wrote."""
+        quality = corpus.steps.quality
+        parts = [np.fromfile(path, PLACE) for path in sorted(Path(folder).glob("*.places"))]
+        rows = np.concatenate([*parts, np.zeros(0, PLACE)])
+        divided = quality.enabled and quality.buckets
+        bounds = bucket_bounds(quality, rows["score"]) if divided else ()
+        bucket = np.zeros(len(rows), int)
+        for bound in bounds:
+            bucket += np.round(rows["score"].astype(np.float64), 4) < bound
+        heldout = {}
+        for i, source in enumerate(corpus.sources):
+            for j, name in enumerate(quality.buckets if divided else ("",)):
+                mine = (rows["source"] == i) & (bucket == j)
+                store = f"{source}_{name}" if name else source
+                heldout[store] = _heldout_bound(corpus, rows["share"][mine])
+        return cls(corpus.seed, quality, bounds, heldout)
+
+    def store(self, document: Document) -> str:
+        """The name of a document's store."""
+        source = document.metadata[SOURCE]
+        if not (self.quality.enabled and self.quality.buckets):
+            return source
+        bucket = bucket_of(self.quality, self.bucket_bounds, document.metadata[SCORE])
+        return f"{source}_{bucket}"
+
+    def part(self, store: str, text: str) -> tuple[str, int]:
+        """(part, rank in the shuffle) of a document of a store."""
+        share, rank = placed(self.seed, text)
+        return PARTS[share < self.heldout_bounds[store]], rank
+
+
+def _heldout_bound(corpus: CorpusConfig, shares: np.ndarray) -> float:
+    """The fraction or, where it would hold out too few, what holds out enough."""
+    fraction = corpus.heldout_fraction
+    least = min(corpus.min_heldout_documents, len(shares) // 10) if fraction else 0
+    if np.count_nonzero(shares < fraction) >= least:
+        return fraction
+    return float(np.nextafter(np.partition(shares, least - 1)[least - 1], 1.0))
+
+
+class NotePlaces(PipelineStep):
+    """Notes source, score and hash of the documents that pass."""
+
+    type, name = "⚖ - PLACES", "places"
+
+    def __init__(self, corpus: CorpusConfig, folder: Path):
+        super().__init__()
+        self.seed, self.folder = corpus.seed, Path(folder)
+        self.numbers = {source: i for i, source in enumerate(corpus.sources)}
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        rows = []
+        for document in data:
+            number = self.numbers[document.metadata[SOURCE]]
+            share, _ = placed(self.seed, document.text)
+            rows.append((number, document.metadata.get(SCORE, 0.0), share))
+            yield document
+        files.write_bytes(self.folder / f"{rank:05d}.places", np.array(rows, PLACE).tobytes())
 
 
 def store_names(corpus: CorpusConfig) -> list[str]:
@@ -53,16 +134,14 @@ class Tokenise(PipelineStep):
     type, name = "🔢 - TOKENIZER", "tokens"
 
     def __init__(
-        self, corpus: CorpusConfig, tokenizer: TokenizerConfig, folder: Path, scores: Path, tally
+        self, placement: Placement, tokenizer: TokenizerConfig, folder: Path, tally: Tally
     ):
         super().__init__()
-        self.corpus, self.tokenizer, self.folder = corpus, tokenizer, Path(folder)
-        self.scores, self.tally = Path(scores), tally
+        self.placement, self.tokenizer, self.folder = placement, tokenizer, Path(folder)
+        self.tally = tally
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        corpus, quality = self.corpus, self.corpus.steps.quality
         tokenizer = load_tokenizer(self.tokenizer)
-        bounds = bucket_bounds(quality, self.scores) if quality.enabled else ()
         writers: dict[tuple[str, str], _PieceWriter] = {}
         for batch in batched(data, BATCH_DOCUMENTS):
             begin = time.process_time()
@@ -72,10 +151,8 @@ class Tokenise(PipelineStep):
             for document, ids in zip(batch, encoded, strict=True):
                 begin = time.process_time()
                 source, size = document.metadata[SOURCE], utf8_size(document.text)
-                store = source
-                if quality.enabled and quality.buckets:
-                    store += "_" + bucket_of(quality, bounds, document.metadata[SCORE])
-                part, order = placed(corpus.seed, document.text, corpus.heldout_fraction)
+                store = self.placement.store(document)
+                part, order = self.placement.part(store, document.text)
                 if (store, part) not in writers:
                     path = self.folder / store / part / f"{rank:05d}"
                     writers[store, part] = _PieceWriter(path, tokenizer)

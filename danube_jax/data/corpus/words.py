@@ -24,6 +24,10 @@ SYMBOLS = (
     "!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»"  # noqa: RUF001
     + "".join(chr(i) for i in (*range(9), *range(11, 32), *range(127, 160)))
 )
+# Characters that may make a word with their neighbours; a bit each.
+ROLES = {"run": RUNS, "leading": "./@-", "inner": "_@&", "number": ",:.", "open": "([{"}
+ROLES |= {"apostrophe": "'’", "point": ".", "hyphen": "-", "slash": "/"}  # noqa: RUF001
+BIT = {name: 1 << i for i, name in enumerate(ROLES)}
 _TABLE = 2**16
 _POSITIONS = 64
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
@@ -58,6 +62,7 @@ class _Tables:
     alphabetic: np.ndarray  # bool
     symbol: np.ndarray  # bool
     lower: np.ndarray  # uint16
+    role: np.ndarray  # uint16, bits of `ROLES`
     salt: np.ndarray  # uint64
     position: np.ndarray  # uint64 [64], odd
 
@@ -76,12 +81,16 @@ def _tables() -> _Tables:
             lower[i] = ord(small)
     symbol = np.zeros(_TABLE, bool)
     symbol[[ord(c) for c in SYMBOLS]] = True
+    role = np.zeros(_TABLE, np.uint16)
+    for name, members in ROLES.items():
+        role[[ord(c) for c in members]] |= BIT[name]
     random = np.random.Generator(np.random.PCG64(20240513))
     return _Tables(
         kind,
         np.array([c.isalpha() for c in characters]),
         symbol,
         lower,
+        role,
         random.integers(2**64, size=_TABLE, dtype=np.uint64),
         random.integers(2**64, size=_POSITIONS, dtype=np.uint64) | np.uint64(1),
     )
@@ -124,7 +133,7 @@ def _words(codes_C: np.ndarray, text: str = "") -> Words:
     alone_C = kind_C == SYMBOL
     same_C = np.zeros(len(codes_C), bool)
     same_C[1:] = codes_C[1:] == codes_C[:-1]
-    run_C = np.isin(codes_C, _RUN_CODES)
+    run_C = (tables.role[codes_C] & BIT["run"]) > 0
     begins_C |= alone_C & ~(same_C & run_C)
     starts_W = np.flatnonzero(begins_C)
     if not len(starts_W):
@@ -145,10 +154,6 @@ def _words(codes_C: np.ndarray, text: str = "") -> Words:
     )
 
 
-_LEADING_CODES = np.array([ord(c) for c in "./@-"])
-_RUN_CODES = np.array([ord(c) for c in RUNS])
-
-
 def _join(codes_C: np.ndarray, kind_C: np.ndarray) -> np.ndarray:
     """Makes inner points, commas and apostrophes part of words; bool [C], where words then begin.
 
@@ -161,19 +166,20 @@ def _join(codes_C: np.ndarray, kind_C: np.ndarray) -> np.ndarray:
     inner = 1 + np.flatnonzero(
         (kind_C[1:-1] == SYMBOL) & (kind_C[:-2] == LETTER) & (kind_C[2:] == LETTER)
     )
-    sign, before, after = codes_C[inner], codes_C[inner - 1], codes_C[inner + 1]
-    digits = ~tables.alphabetic[before] & ~tables.alphabetic[after]
+    role, before, after = tables.role[codes_C[inner]], codes_C[inner - 1], codes_C[inner + 1]
+    letter_before, letter_after = tables.alphabetic[before], tables.alphabetic[after]
+    digits = ~letter_before & ~letter_after
     sentence_end = (tables.lower[before] == before) & (tables.lower[after] != after)
-    joined = ((sign == ord(".")) & ~sentence_end) | np.isin(sign, (ord("_"), ord("@"), ord("&")))
-    joined |= digits & np.isin(sign, (ord(","), ord(":"), ord(".")))
-    joined |= np.isin(sign, (ord("("), ord("["), ord("{")))
-    joined |= (sign == ord("-")) & ~(tables.alphabetic[before] & tables.alphabetic[after])
-    joined |= (sign == ord("/")) & ~tables.alphabetic[after]
-    apostrophe = np.isin(sign, (ord("'"), ord("’")))  # noqa: RUF001
+    joined = (role & (BIT["inner"] | BIT["open"])) > 0
+    joined |= ((role & BIT["point"]) > 0) & ~sentence_end
+    joined |= ((role & BIT["number"]) > 0) & digits
+    joined |= ((role & BIT["hyphen"]) > 0) & ~(letter_before & letter_after)
+    joined |= ((role & BIT["slash"]) > 0) & ~letter_after
+    apostrophe = (role & BIT["apostrophe"]) > 0
     leading = np.flatnonzero(
         (kind_C[1:-1] == SYMBOL) & (kind_C[:-2] == SPACE) & (kind_C[2:] == LETTER)
     )
-    leading = 1 + leading[np.isin(codes_C[leading + 1], _LEADING_CODES)]
+    leading = 1 + leading[(tables.role[codes_C[leading + 1]] & BIT["leading"]) > 0]
     kind_C[inner[joined | apostrophe]] = LETTER
     kind_C[leading] = LETTER
     begins_C[inner[apostrophe]] = True
