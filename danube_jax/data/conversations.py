@@ -144,7 +144,8 @@ def column_text(
 
 
 def _from_messages(row: Row, columns: Mapping[str, str]) -> list[Message]:
-    return parse_messages(row.get(columns.get("messages", "messages")), "messages")
+    name = columns.get("messages", "messages")
+    return parse_messages(row.get(name), name)
 
 
 def parse_messages(value: Any, name: str) -> list[Message]:
@@ -177,8 +178,8 @@ def parse_messages(value: Any, name: str) -> list[Message]:
 
 
 def _from_sharegpt(row: Row, columns: Mapping[str, str]) -> list[Message]:
-    del columns
-    return parse_messages(row.get("conversations"), "conversations")
+    name = columns.get("messages", "conversations")
+    return parse_messages(row.get(name), name)
 
 
 def _from_alpaca(row: Row, columns: Mapping[str, str]) -> list[Message]:

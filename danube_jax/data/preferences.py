@@ -8,6 +8,7 @@ oasst   a row a message, as OpenAssistant's data sets (see `message_trees`)
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,9 @@ def _from_pair(row: Row, columns: Mapping[str, str]) -> PreferencePair:
             )
         sides[side] = value
     chosen, rejected = sides["chosen"], sides["rejected"]
+    for side, value in sides.items():
+        if not isinstance(value, str | list):
+            raise UserError(f"{side}: expected a text or messages, got {value!r}"[:200])
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError("chosen and rejected: one is a text, the other messages; expected alike")
     if isinstance(chosen, str):
@@ -173,9 +177,11 @@ def _from_ranked(row: Row, columns: Mapping[str, str]) -> list[PreferencePair]:
     replies = row.get(name) if name else None
     if isinstance(replies, str) or not isinstance(replies, Sequence):
         raise UserError(f"{name or 'replies'}: expected a list of ranked replies, got {replies!r}")
-    rated = sorted((_rated(reply, f"{name}[{i}]") for i, reply in enumerate(replies)), key=_badness)
-    if len(rated) < 2:
-        raise UserError(f"one-sided preference: {name} holds {len(rated)}; expected at least two")
+    if len(replies) < 2:
+        raise UserError(f"one-sided preference: {name} holds {len(replies)}; expected at least two")
+    measure = _measure(replies[0])
+    rated = [_rated(reply, f"{name}[{i}]", measure) for i, reply in enumerate(replies)]
+    rated.sort(key=_badness)
     (best, chosen), (worst, rejected) = rated[0], rated[-1]
     prompt = _prompt(row, columns)
     if best == worst or chosen == rejected:
@@ -187,15 +193,20 @@ def _badness(rated: tuple[float, str]) -> float:
     return rated[0]
 
 
-def _rated(reply: Any, name: str) -> tuple[float, str]:
+def _measure(reply: Any) -> str:
+    """The key that says how good a reply is; the same one in all of a row's replies."""
+    keys = ("rank", *_SCORES) if isinstance(reply, Mapping) else ()
+    return next((key for key in keys if reply.get(key) is not None), "rank or score")
+
+
+def _rated(reply: Any, name: str, measure: str) -> tuple[float, str]:
     """(badness, text) of one reply: its rank, or its score with the sign changed."""
     if not isinstance(reply, Mapping):
         raise UserError(f"{name}: expected an object with a text and a rank or score")
     text = next((reply[key] for key in _TEXTS if isinstance(reply.get(key), str)), None)
     if text is None:
         raise UserError(f"{name}: no text; expected one of {', '.join(_TEXTS)}")
-    for key, sign in (("rank", 1.0), *((score, -1.0) for score in _SCORES)):
-        value = reply.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return sign * float(value), text
-    raise UserError(f"{name}: neither rank nor score; expected a number")
+    value = reply.get(measure)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name}: no {measure}; expected a number, as in all of the row's replies")
+    return (1.0 if measure == "rank" else -1.0) * float(value), text

@@ -111,29 +111,27 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     with _open(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield f"{file}, line {number}", lambda line=line: _parse(line)
+                yield f"{file}, line {number}", lambda line=line: _object(_parse(line))
 
 
 def _json_list(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     with _open(file) as stream:
         try:
-            value = json.loads(stream.read().decode())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: {_not_utf8(error)}") from None
-        except ValueError as error:
-            raise UserError(f"{file}: no JSON ({error})") from None
+            value = _parse(stream.read())
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
     if not isinstance(value, list):
         raise UserError(f"{file}: expected a JSON list of rows, or one row a line in a .jsonl file")
     for number, row in enumerate(value, 1):
         yield f"{file}, row {number}", lambda row=row: _object(row)
 
 
-def _parse(line: bytes) -> Row:
+def _parse(data: bytes) -> Any:
     try:
-        return _object(json.loads(line.decode()))
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(error)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"no JSON ({error})") from None
 
 
@@ -144,6 +142,13 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 def _object(value: Any) -> Row:
     if not isinstance(value, Mapping):
         raise UserError(f"expected a JSON object, got {type(value).__name__}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"half a character (\\u{ord(error.object[error.start]):04x} of a surrogate pair) in a "
+            "text; expected both halves"
+        ) from None
     return value
 
 
