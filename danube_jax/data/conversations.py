@@ -47,6 +47,7 @@ def read_conversations(
     columns: Mapping[str, str] | None = None,
     language: str = "",
     on_bad_row: str = "stop",
+    limit: int | None = None,
 ) -> tuple[list[Conversation], int]:
     """Reads conversations, each of questions and answers in turn after an optional system text.
 
@@ -56,6 +57,7 @@ def read_conversations(
       columns: what the file calls the columns of `COLUMNS`, where it has names of its own.
       language: for 'oasst', the language to keep; '' keeps all.
       on_bad_row: 'stop' or 'skip'.
+      limit: most conversations, from the first on; what follows is not read, except of trees.
 
     Returns:
       (conversations in the order of the file; rows skipped). Each ends with an answer.
@@ -65,12 +67,17 @@ def read_conversations(
     """
     columns = dict(columns or {})
     reader = _Reader(format, columns)
-    found, skipped = convert_rows(path, reader, on_bad_row=on_bad_row)
+    found, skipped = convert_rows(
+        path,
+        reader,
+        on_bad_row=on_bad_row,
+        enough=lambda count: reader.format != "oasst" and limit is not None and count >= limit,
+    )
     if reader.format == "oasst":
         found = best_conversations(found, language)
     if not found:
         raise UserError(f"{path}: no conversations in it; expected at least one")
-    return found, skipped
+    return found[:limit], skipped
 
 
 class _Reader:

@@ -55,6 +55,7 @@ def read_preferences(
     columns: Mapping[str, str] | None = None,
     language: str = "",
     on_bad_row: str = "stop",
+    limit: int | None = None,
 ) -> tuple[list[PreferencePair], int]:
     """Reads preference pairs.
 
@@ -64,6 +65,7 @@ def read_preferences(
       columns: what the file calls the columns of `COLUMNS`, where it has names of its own.
       language: for 'oasst', the language to keep; '' keeps all.
       on_bad_row: 'stop' or 'skip'.
+      limit: most pairs, from the first on; what follows is not read, except of trees.
 
     Returns:
       (pairs in the order of the file; rows skipped). Rows of ranked replies that are all as good
@@ -73,7 +75,12 @@ def read_preferences(
       UserError: a row that is no preference (with file and line), an unknown format, no pairs.
     """
     reader = _Reader(format, dict(columns or {}))
-    found, skipped = convert_rows(path, reader, on_bad_row=on_bad_row)
+    found, skipped = convert_rows(
+        path,
+        reader,
+        on_bad_row=on_bad_row,
+        enough=lambda count: reader.format != "oasst" and limit is not None and count >= limit,
+    )
     if reader.format == "oasst":
         found = [
             PreferencePair(history, chosen, rejected)
@@ -82,7 +89,7 @@ def read_preferences(
         ]
     if not found:
         raise UserError(f"{path}: no preferences in it; expected at least one pair of answers")
-    return found, skipped
+    return found[:limit], skipped
 
 
 class _Reader:

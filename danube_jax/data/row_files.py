@@ -42,14 +42,19 @@ def _suffixes() -> str:
 
 
 def convert_rows(
-    path: str | Path, convert: Callable[[Row], list[T]], *, on_bad_row: str = "stop"
+    path: str | Path,
+    convert: Callable[[Row], list[T]],
+    *,
+    on_bad_row: str = "stop",
+    enough: Callable[[int], bool] = lambda count: False,
 ) -> tuple[list[T], int]:
-    """Reads every row of a file or folder and converts it.
+    """Reads the rows of a file or folder and converts them.
 
     Args:
       path: as for `row_files`.
       convert: row → what becomes of it; raises `UserError` with what is wrong, but not where.
       on_bad_row: 'stop' at the first row that cannot be used, or 'skip' it.
+      enough: whether so many results will do, asked after each row; what follows is not read.
 
     Returns:
       (all that the rows became, in their order; the number of rows skipped).
@@ -72,6 +77,8 @@ def convert_rows(
                 ) from None
             skipped += 1
             first = first or f"{where}: {error}"
+        if enough(len(out)):
+            break
     if not rows:
         raise UserError(f"{path}: there are no rows; expected at least one")
     if skipped:

@@ -146,10 +146,9 @@ def _read_source(run: RunConfig, name: str) -> tuple[list[Raw], list[Raw]]:
     """(training, held-out) rows of a source."""
     source = run.data.sources[name]
     if source.builtin:
-        raw = builtin_chat.SOURCES[source.builtin]()
+        raw = builtin_chat.SOURCES[source.builtin]()[: source.max_examples]
     else:
-        raw = _read_rows(run, name, source, source.path)
-    raw = raw[: source.max_examples]
+        raw = _read_rows(run, name, source, source.path, limit=source.max_examples)
     if source.heldout_path:
         return raw, _read_rows(run, name, source, source.heldout_path)
     fraction = run.data.heldout_fraction
@@ -159,7 +158,9 @@ def _read_source(run: RunConfig, name: str) -> tuple[list[Raw], list[Raw]]:
     return train, [one for one, held in zip(raw, back, strict=True) if held]
 
 
-def _read_rows(run: RunConfig, name: str, source: SourceConfig, path: str) -> list[Raw]:
+def _read_rows(
+    run: RunConfig, name: str, source: SourceConfig, path: str, limit: int | None = None
+) -> list[Raw]:
     preferences = run.objective == "dpo"
     formats = PREFERENCE_FORMATS if preferences else CONVERSATION_FORMATS
     if source.format not in formats:
@@ -181,6 +182,7 @@ def _read_rows(run: RunConfig, name: str, source: SourceConfig, path: str) -> li
         columns=source.columns,
         language=source.language,
         on_bad_row=run.chat.on_bad_row,
+        limit=limit,
     )
     return list(found)
 

@@ -134,6 +134,10 @@ def test_bad_rows_can_be_skipped_and_counted(tmp_path, monkeypatch):
         read_conversations(write(tmp_path / "empty.jsonl", []))
     with pytest.raises(UserError, match="no such file"):
         read_conversations(tmp_path / "gone.jsonl")
+    # Beyond a limit nothing is read.
+    assert read_conversations(path, limit=1) == ([QA], 0)
+    with pytest.raises(UserError, match="line 2"):
+        read_conversations(path, limit=2)
     (tmp_path / "x.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="unknown kind of file"):
         read_conversations(tmp_path / "x.csv")
@@ -255,4 +259,5 @@ def test_trees_without_a_root_give_nothing(tmp_path):
     path = write(tmp_path / "tree.jsonl", [*circle, *TREE, *gap])
     found, _ = read_conversations(path, language="en")
     assert [conversation[0]["content"] for conversation in found] == ["Q"]
+    assert read_conversations(path, language="en", limit=1)[0] == found
     assert len(read_preferences(path, language="en")[0]) == 2
