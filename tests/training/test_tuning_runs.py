@@ -206,10 +206,13 @@ def test_a_base_that_changed_is_refused(folder, tmp_path):
     config.lora.rank = 2
     config.evaluation.at_start, config.samples.prompts = False, ()
     workdir = tune(config, tmp_path / "run", max_steps=1)
+    open_model(workdir).load_params()
     shutil.rmtree(base)
     write_tiny_folder(base, seed=1)
     with pytest.raises(UserError, match="not those that this run began with"):
         tune(config, workdir, max_steps=2)
+    with pytest.raises(UserError, match="not those that the adapters were trained on"):
+        open_model(workdir).load_params()
 
 
 def test_sft_in_fp8_is_close_to_float32(folder, tmp_path):
