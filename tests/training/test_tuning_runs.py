@@ -227,15 +227,18 @@ def test_sft_in_fp8_is_close_to_float32(folder, tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
 
 
-def test_two_devices_train_as_one(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("objective", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_two_devices_train_as_one(folder, tmp_path, monkeypatch, objective):
     from danube_jax.training import loop, mesh
 
-    config = config_of(folder, "sft")
+    config = config_of(folder, objective)
     config.lora.update({"rank": 2, "dropout": 0.2})
+    config.dpo.reference = "cache"
     config.evaluation.at_start, config.samples.prompts = False, ()
     one = tune(config, tmp_path / "one", max_steps=3)
     devices = np.array(jax.devices()[:2])
     monkeypatch.setattr(loop, "make_mesh", lambda: mesh.Mesh(devices, (mesh.DATA_AXIS,)))
     two = tune(config, tmp_path / "two", max_steps=3)
-    losses = [[r["loss"] for r in read_rows(w, "train")] for w in (one, two)]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # float32 sums in another order
+    for kind, key in (("train", "loss"), ("evaluation", "loss/rows")):
+        losses = [[r[key] for r in read_rows(w, kind)] for w in (one, two)]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # sums in another order
