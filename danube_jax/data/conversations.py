@@ -27,7 +27,7 @@ COLUMNS = ("messages", "prompt", "response", "system", "input")
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "instruction")
 _RESPONSE_COLUMNS = ("response", "completion", "answer", "output")
-SYSTEM_COLUMNS = ("system", "system_prompt")
+_SYSTEM_COLUMNS = ("system", "system_prompt")
 _CONTEXT_COLUMNS = ("input", "context")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -194,13 +194,24 @@ def _from_alpaca(row: Row, columns: Mapping[str, str]) -> list[Message]:
 
 
 def _from_prompt_response(row: Row, columns: Mapping[str, str]) -> list[Message]:
+    response = column_text(row, columns, "response", _RESPONSE_COLUMNS)
+    return [*prompt_messages(row, columns), {"role": "assistant", "content": response}]
+
+
+def prompt_messages(row: Row, columns: Mapping[str, str]) -> list[Message]:
+    """System text, perhaps empty, and question of a row that has columns for them.
+
+    What the question is about (Alpaca's `input`) follows it, with an empty line between.
+
+    Raises:
+      UserError: there is no question, or a column holds no text.
+    """
     text = functools.partial(column_text, row, columns)
-    system = text("system", SYSTEM_COLUMNS, optional=True)
+    system = text("system", _SYSTEM_COLUMNS, optional=True)
     prompt, more = text("prompt", PROMPT_COLUMNS), text("input", _CONTEXT_COLUMNS, optional=True)
     return [
         {"role": "system", "content": system},
         {"role": "user", "content": f"{prompt}\n\n{more}" if more.strip() else prompt},
-        {"role": "assistant", "content": text("response", _RESPONSE_COLUMNS)},
     ]
 
 

@@ -15,20 +15,19 @@ from typing import Any
 
 from danube_jax.data.conversations import (
     PROMPT_COLUMNS,
-    SYSTEM_COLUMNS,
     Conversation,
     Message,
     check_turns,
-    column_text,
     find_column,
     parse_messages,
+    prompt_messages,
 )
 from danube_jax.data.message_trees import TreeMessage, is_tree_row, ranked_pairs, tree_message
 from danube_jax.data.row_files import Row, convert_rows
 from danube_jax.errors import UserError
 
 FORMATS = ("auto", "pairs", "ranked", "oasst")
-COLUMNS = ("prompt", "messages", "system", "chosen", "rejected", "replies")
+COLUMNS = ("prompt", "messages", "system", "input", "chosen", "rejected", "replies")
 
 _SIDES = {
     "chosen": ("chosen", "chosen_response", "response_chosen"),
@@ -157,9 +156,7 @@ def _prompt(row: Row, columns: Mapping[str, str]) -> list[Message]:
     name = name or find_column(row, ("messages", *PROMPT_COLUMNS))
     if name is not None and isinstance(row.get(name), Sequence) and not isinstance(row[name], str):
         return parse_messages(row[name], name)
-    system = column_text(row, columns, "system", SYSTEM_COLUMNS, optional=True)
-    prompt = column_text(row, columns, "prompt", PROMPT_COLUMNS)
-    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    return prompt_messages(row, columns)
 
 
 def make_pair(prompt: Sequence[Message], chosen: str, rejected: str) -> PreferencePair:

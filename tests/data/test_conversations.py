@@ -180,6 +180,12 @@ def test_every_preference_format_gives_the_same_pair(name, tmp_path):
     assert (pair.prompt, pair.chosen, pair.rejected) == ((QA[0],), "good", "bad")
 
 
+def test_what_a_question_is_about_belongs_to_it(tmp_path):
+    row = {"instruction": "Add", "input": "1 2", "output": "3", "chosen": "3", "rejected": "4"}
+    ((pair,), _) = read_preferences(write(tmp_path / "p.jsonl", [row]))
+    assert pair.prompt == ({"role": "user", "content": "Add\n\n1 2"},)
+
+
 BAD_PAIRS = {
     "missing": ({"prompt": "Q", "chosen": "good"}, "there is no rejected answer"),
     "empty": ({"prompt": "Q", "chosen": "good", "rejected": " "}, "rejected answer is empty"),
