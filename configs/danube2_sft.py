@@ -8,6 +8,8 @@ which here is merged into the first question.
 
 from danube_jax.config import base_config, source, tuning_round
 
+SAMPLES = 50_000  # of each large set
+
 
 def get_config():
     """The run as an ml_collections.ConfigDict."""
@@ -18,9 +20,9 @@ def get_config():
     config.init_from.model_from_source = True
 
     config.data.sources = {
-        "openorca": source(path="data/chat/openorca"),
-        "metamathqa": source(path="data/chat/metamathqa"),
-        "ultrachat": source(path="data/chat/ultrachat_200k"),
+        "openorca": source(path="data/chat/openorca", max_examples=SAMPLES),
+        "metamathqa": source(path="data/chat/metamathqa", max_examples=SAMPLES),
+        "ultrachat": source(path="data/chat/ultrachat_200k", max_examples=SAMPLES),
         "oasst2": source(path="data/chat/oasst2", format="oasst", language="en"),
     }
     config.data.heldout_fraction = 0.01
@@ -31,6 +33,7 @@ def get_config():
     chat.tokenization = "separate"
     chat.truncation = "left"
     chat.packing = "none"
+    chat.on_bad_row = "skip"  # a few conversations of these sets have an empty turn
     config.rounds = (
         tuning_round(
             name="sft",

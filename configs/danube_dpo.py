@@ -6,11 +6,15 @@ and the worst-ranked answer. LoRA of rank 4 with alpha 16, one epoch, batch 2, b
 rate 1e-5, in the second round 3e-6, cosine. H2O LLM Studio's ways where the report is silent: LoRA
 dropout 0.05 on all linear layers but the head, clipping at 10, AdamW with betas 0.9 and 0.999,
 no weight decay, cosine to zero, tokenised separately. Not published, and so chosen here: the
-lengths, and that a batch of 2 is that of all devices. For more devices raise `batch_size`.
+lengths, all pairs of each set, and that a batch of 2 is that of all devices. For more devices raise
+`batch_size`. A row holds both answers of a pair.
 
-The data sets are on the Hugging Face Hub (HuggingFaceH4/ultrafeedback_binarized,
-Intel/orca_dpo_pairs, argilla/distilabel-math-preference-dpo, OpenAssistant/oasst2); put their files
-into the folders below. A row holds both answers of a pair.
+The data sets are on the Hugging Face Hub; put the files into the folders below.
+
+    HuggingFaceH4/ultrafeedback_binarized      train_prefs-*.parquet
+    Intel/orca_dpo_pairs                       orca_rlhf.jsonl
+    argilla/distilabel-math-preference-dpo     train-*.parquet
+    OpenAssistant/oasst2                       train-*.parquet
 """
 
 from danube_jax.config import base_config, source, tuning_round

@@ -5,14 +5,20 @@ of four data sets, one epoch, learning rate 1e-5, batch 8, cosine with a short w
 16,384, prompt masked; trained with H2O LLM Studio, whose ways are followed where the report is
 silent: prompt and answer tokenised separately, long conversations lose their beginning, no packing,
 AdamW with betas 0.9 and 0.999 and no weight decay, no clipping, cosine to zero. Not published, and
-so chosen here: the length of the warm-up, which samples of each set, and that a batch of 8 is that
-of all devices.
+so chosen here: the length of the warm-up, that a batch of 8 is that of all devices, and which
+samples: the first 50,000 of each large set, and the best-ranked English conversations of Oasst2.
 
-The data sets are on the Hugging Face Hub (Open-Orca/OpenOrca, meta-math/MetaMathQA,
-HuggingFaceH4/ultrachat_200k, OpenAssistant/oasst2); put their Parquet files into the folders below.
+The data sets are on the Hugging Face Hub; put the files into the folders below.
+
+    Open-Orca/OpenOrca              1M-GPT4-Augmented.parquet
+    meta-math/MetaMathQA            MetaMathQA-395K.json
+    HuggingFaceH4/ultrachat_200k    train_sft-*.parquet
+    OpenAssistant/oasst2            train-*.parquet
 """
 
 from danube_jax.config import base_config, source, tuning_round
+
+SAMPLES = 50_000  # of each large set
 
 
 def get_config():
@@ -24,9 +30,9 @@ def get_config():
     config.init_from.model_from_source = True
 
     config.data.sources = {
-        "openorca": source(path="data/chat/openorca"),
-        "metamathqa": source(path="data/chat/metamathqa"),
-        "ultrachat": source(path="data/chat/ultrachat_200k"),
+        "openorca": source(path="data/chat/openorca", max_examples=SAMPLES),
+        "metamathqa": source(path="data/chat/metamathqa", max_examples=SAMPLES),
+        "ultrachat": source(path="data/chat/ultrachat_200k", max_examples=SAMPLES),
         "oasst2": source(path="data/chat/oasst2", format="oasst", language="en"),
     }
     config.data.heldout_fraction = 0.01
@@ -36,6 +42,7 @@ def get_config():
     chat.tokenization = "separate"
     chat.truncation = "left"
     chat.packing = "none"
+    chat.on_bad_row = "skip"  # a few conversations of these sets have an empty turn
     config.rounds = (
         tuning_round(
             name="sft",

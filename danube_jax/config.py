@@ -102,7 +102,7 @@ class SourceConfig:
     format: str = "auto"  # of rows: see data/conversations.py and data/preferences.py
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our name → the file's
     language: str = ""  # of message trees: which to keep; '' keeps all
-    max_examples: int | None = None  # of rows: how many to take, from the first on
+    max_examples: int | None = None  # of rows: how many good ones to take, from the first on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from helpers import ROOT, command, read_rows
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)  # five commands, of which three train
 def test_base_sft_dpo_export_chat(tmp_path):
     pytest.importorskip("torch", reason="the export compares with transformers")
     runs = {name: tmp_path / name for name in ("demo", "demo_sft", "demo_dpo")}

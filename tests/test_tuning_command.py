@@ -96,6 +96,8 @@ def test_adapters_that_do_not_fit_their_base(base, tmp_path):
         ("sft", {"data.sources": {"rows": source(builtin="preferences")}}, "one of chat"),
         ("sft", {"data.sources": {"other": source(path="x")}}, r"config.rounds\[0\].sources"),
         ("sft", {"init_from.take": "weights_and_optimizer"}, "config.init_from.take"),
+        ("dpo", {"precision.linear": "fp8"}, "bfloat16 or float32 for DPO and for adapters"),
+        ("sft", {"precision.linear": "fp8", "lora.rank": 2}, "bfloat16 or float32"),
     ],
 )
 def test_impossible_configs(objective, change, message, tmp_path):

@@ -11,6 +11,7 @@ Trained on are the tokens of the answers and the token that ends each.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ from danube_jax.errors import UserError
 
 TOKENIZATIONS = ("joint", "separate")
 TRUNCATIONS = ("drop", "left", "right")
+
+_GENERATION_TAG = re.compile(r"{%-?\s*generation\s*-?%}")  # as transformers looks for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Dropped:
 
     too_long: int = 0
     nothing_to_train: int = 0
+    alike: int = 0  # pairs whose answers have the same tokens, perhaps once cut
     shortened: int = 0  # kept, but cut
     refused: int = 0  # by the template
 
@@ -77,6 +81,8 @@ class Dropped:
             parts.append(f"{self.too_long:,} too long, dropped")
         if self.nothing_to_train:
             parts.append(f"{self.nothing_to_train:,} without a token to train on, dropped")
+        if self.alike:
+            parts.append(f"{self.alike:,} with two equal answers, dropped")
         if self.refused:
             parts.append(f"{self.refused:,} refused by the chat template, dropped")
         if self.shortened:
@@ -161,6 +167,9 @@ class ChatEncoder:
         if not all(side.trained for side in sides):
             dropped.nothing_to_train += 1
             return None
+        if np.array_equal(sides[0].ids, sides[1].ids):
+            dropped.alike += 1
+            return None
         dropped.shortened += surplus > 0
         return ExamplePair(*sides)
 
@@ -195,7 +204,7 @@ class ChatEncoder:
     def _render(self, messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text, and where in it each answer stands, with what ends it."""
         messages = self.tokenizer.shield(messages)
-        if "{% generation %}" in (self.tokenizer.chat_template or "").replace("%-", "%"):
+        if _GENERATION_TAG.search(self.tokenizer.chat_template or ""):
             return chat.render_with_spans(
                 self.tokenizer.chat_template, messages, self.tokenizer.special_tokens
             )

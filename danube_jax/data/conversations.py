@@ -27,7 +27,7 @@ COLUMNS = ("messages", "prompt", "response", "system", "input")
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "instruction")
 _RESPONSE_COLUMNS = ("response", "completion", "answer", "output")
-SYSTEM_COLUMNS = ("system", "system_prompt")
+_SYSTEM_COLUMNS = ("system", "system_prompt")
 _CONTEXT_COLUMNS = ("input", "context")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -47,6 +47,7 @@ def read_conversations(
     columns: Mapping[str, str] | None = None,
     language: str = "",
     on_bad_row: str = "stop",
+    limit: int | None = None,
 ) -> tuple[list[Conversation], int]:
     """Reads conversations, each of questions and answers in turn after an optional system text.
 
@@ -56,6 +57,7 @@ def read_conversations(
       columns: what the file calls the columns of `COLUMNS`, where it has names of its own.
       language: for 'oasst', the language to keep; '' keeps all.
       on_bad_row: 'stop' or 'skip'.
+      limit: most conversations, from the first on; what follows is not read, except of trees.
 
     Returns:
       (conversations in the order of the file; rows skipped). Each ends with an answer.
@@ -65,12 +67,17 @@ def read_conversations(
     """
     columns = dict(columns or {})
     reader = _Reader(format, columns)
-    found, skipped = convert_rows(path, reader, on_bad_row=on_bad_row)
+    found, skipped = convert_rows(
+        path,
+        reader,
+        on_bad_row=on_bad_row,
+        enough=lambda count: reader.format != "oasst" and limit is not None and count >= limit,
+    )
     if reader.format == "oasst":
         found = best_conversations(found, language)
     if not found:
         raise UserError(f"{path}: no conversations in it; expected at least one")
-    return found, skipped
+    return found[:limit], skipped
 
 
 class _Reader:
@@ -144,7 +151,8 @@ def column_text(
 
 
 def _from_messages(row: Row, columns: Mapping[str, str]) -> list[Message]:
-    return parse_messages(row.get(columns.get("messages", "messages")), "messages")
+    name = columns.get("messages", "messages")
+    return parse_messages(row.get(name), name)
 
 
 def parse_messages(value: Any, name: str) -> list[Message]:
@@ -178,8 +186,8 @@ def parse_messages(value: Any, name: str) -> list[Message]:
 
 
 def _from_sharegpt(row: Row, columns: Mapping[str, str]) -> list[Message]:
-    del columns
-    return parse_messages(row.get("conversations"), "conversations")
+    name = columns.get("messages", "conversations")
+    return parse_messages(row.get(name), name)
 
 
 def _from_alpaca(row: Row, columns: Mapping[str, str]) -> list[Message]:
@@ -187,13 +195,24 @@ def _from_alpaca(row: Row, columns: Mapping[str, str]) -> list[Message]:
 
 
 def _from_prompt_response(row: Row, columns: Mapping[str, str]) -> list[Message]:
+    response = column_text(row, columns, "response", _RESPONSE_COLUMNS)
+    return [*prompt_messages(row, columns), {"role": "assistant", "content": response}]
+
+
+def prompt_messages(row: Row, columns: Mapping[str, str]) -> list[Message]:
+    """System text, perhaps empty, and question of a row that has columns for them.
+
+    What the question is about (Alpaca's `input`) follows it, with an empty line between.
+
+    Raises:
+      UserError: there is no question, or a column holds no text.
+    """
     text = functools.partial(column_text, row, columns)
-    system = text("system", SYSTEM_COLUMNS, optional=True)
+    system = text("system", _SYSTEM_COLUMNS, optional=True)
     prompt, more = text("prompt", PROMPT_COLUMNS), text("input", _CONTEXT_COLUMNS, optional=True)
     return [
         {"role": "system", "content": system},
         {"role": "user", "content": f"{prompt}\n\n{more}" if more.strip() else prompt},
-        {"role": "assistant", "content": text("response", _RESPONSE_COLUMNS)},
     ]
 
 

@@ -71,7 +71,17 @@ class _Forest:
         for message in kept:
             if message.parent is not None:
                 self.replies.setdefault(message.parent, []).append(message)
-        self.messages = kept
+        self.messages = [message for message in kept if self._has_root(message)]
+
+    def _has_root(self, message: TreeMessage) -> bool:
+        """Whether its parents lead to a question without one, in no circle and with no gap."""
+        seen, node = set(), message
+        while node is not None and node.id not in seen:
+            if node.parent is None:
+                return True
+            seen.add(node.id)
+            node = self.by_id.get(node.parent)
+        return False
 
     def history(self, message: TreeMessage) -> list[Message] | None:
         """The messages up to and with this one, or None where the chain is broken or a circle."""

@@ -8,26 +8,26 @@ oasst   a row a message, as OpenAssistant's data sets (see `message_trees`)
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from danube_jax.data.conversations import (
     PROMPT_COLUMNS,
-    SYSTEM_COLUMNS,
     Conversation,
     Message,
     check_turns,
-    column_text,
     find_column,
     parse_messages,
+    prompt_messages,
 )
 from danube_jax.data.message_trees import TreeMessage, is_tree_row, ranked_pairs, tree_message
 from danube_jax.data.row_files import Row, convert_rows
 from danube_jax.errors import UserError
 
 FORMATS = ("auto", "pairs", "ranked", "oasst")
-COLUMNS = ("prompt", "messages", "system", "chosen", "rejected", "replies")
+COLUMNS = ("prompt", "messages", "system", "input", "chosen", "rejected", "replies")
 
 _SIDES = {
     "chosen": ("chosen", "chosen_response", "response_chosen"),
@@ -54,6 +54,7 @@ def read_preferences(
     columns: Mapping[str, str] | None = None,
     language: str = "",
     on_bad_row: str = "stop",
+    limit: int | None = None,
 ) -> tuple[list[PreferencePair], int]:
     """Reads preference pairs.
 
@@ -63,6 +64,7 @@ def read_preferences(
       columns: what the file calls the columns of `COLUMNS`, where it has names of its own.
       language: for 'oasst', the language to keep; '' keeps all.
       on_bad_row: 'stop' or 'skip'.
+      limit: most pairs, from the first on; what follows is not read, except of trees.
 
     Returns:
       (pairs in the order of the file; rows skipped). Rows of ranked replies that are all as good
@@ -72,7 +74,12 @@ def read_preferences(
       UserError: a row that is no preference (with file and line), an unknown format, no pairs.
     """
     reader = _Reader(format, dict(columns or {}))
-    found, skipped = convert_rows(path, reader, on_bad_row=on_bad_row)
+    found, skipped = convert_rows(
+        path,
+        reader,
+        on_bad_row=on_bad_row,
+        enough=lambda count: reader.format != "oasst" and limit is not None and count >= limit,
+    )
     if reader.format == "oasst":
         found = [
             PreferencePair(history, chosen, rejected)
@@ -81,7 +88,7 @@ def read_preferences(
         ]
     if not found:
         raise UserError(f"{path}: no preferences in it; expected at least one pair of answers")
-    return found, skipped
+    return found[:limit], skipped
 
 
 class _Reader:
@@ -127,6 +134,9 @@ def _from_pair(row: Row, columns: Mapping[str, str]) -> PreferencePair:
             )
         sides[side] = value
     chosen, rejected = sides["chosen"], sides["rejected"]
+    for side, value in sides.items():
+        if not isinstance(value, str | list):
+            raise UserError(f"{side}: expected a text or messages, got {value!r}"[:200])
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError("chosen and rejected: one is a text, the other messages; expected alike")
     if isinstance(chosen, str):
@@ -146,9 +156,7 @@ def _prompt(row: Row, columns: Mapping[str, str]) -> list[Message]:
     name = name or find_column(row, ("messages", *PROMPT_COLUMNS))
     if name is not None and isinstance(row.get(name), Sequence) and not isinstance(row[name], str):
         return parse_messages(row[name], name)
-    system = column_text(row, columns, "system", SYSTEM_COLUMNS, optional=True)
-    prompt = column_text(row, columns, "prompt", PROMPT_COLUMNS)
-    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    return prompt_messages(row, columns)
 
 
 def make_pair(prompt: Sequence[Message], chosen: str, rejected: str) -> PreferencePair:
@@ -173,9 +181,11 @@ def _from_ranked(row: Row, columns: Mapping[str, str]) -> list[PreferencePair]:
     replies = row.get(name) if name else None
     if isinstance(replies, str) or not isinstance(replies, Sequence):
         raise UserError(f"{name or 'replies'}: expected a list of ranked replies, got {replies!r}")
-    rated = sorted((_rated(reply, f"{name}[{i}]") for i, reply in enumerate(replies)), key=_badness)
-    if len(rated) < 2:
-        raise UserError(f"one-sided preference: {name} holds {len(rated)}; expected at least two")
+    if len(replies) < 2:
+        raise UserError(f"one-sided preference: {name} holds {len(replies)}; expected at least two")
+    measure = _measure(replies[0])
+    rated = [_rated(reply, f"{name}[{i}]", measure) for i, reply in enumerate(replies)]
+    rated.sort(key=_badness)
     (best, chosen), (worst, rejected) = rated[0], rated[-1]
     prompt = _prompt(row, columns)
     if best == worst or chosen == rejected:
@@ -187,15 +197,20 @@ def _badness(rated: tuple[float, str]) -> float:
     return rated[0]
 
 
-def _rated(reply: Any, name: str) -> tuple[float, str]:
+def _measure(reply: Any) -> str:
+    """The key that says how good a reply is; the same one in all of a row's replies."""
+    keys = ("rank", *_SCORES) if isinstance(reply, Mapping) else ()
+    return next((key for key in keys if reply.get(key) is not None), "rank or score")
+
+
+def _rated(reply: Any, name: str, measure: str) -> tuple[float, str]:
     """(badness, text) of one reply: its rank, or its score with the sign changed."""
     if not isinstance(reply, Mapping):
         raise UserError(f"{name}: expected an object with a text and a rank or score")
     text = next((reply[key] for key in _TEXTS if isinstance(reply.get(key), str)), None)
     if text is None:
         raise UserError(f"{name}: no text; expected one of {', '.join(_TEXTS)}")
-    for key, sign in (("rank", 1.0), *((score, -1.0) for score in _SCORES)):
-        value = reply.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return sign * float(value), text
-    raise UserError(f"{name}: neither rank nor score; expected a number")
+    value = reply.get(measure)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name}: no {measure}; expected a number, as in all of the row's replies")
+    return (1.0 if measure == "rank" else -1.0) * float(value), text

@@ -42,14 +42,19 @@ def _suffixes() -> str:
 
 
 def convert_rows(
-    path: str | Path, convert: Callable[[Row], list[T]], *, on_bad_row: str = "stop"
+    path: str | Path,
+    convert: Callable[[Row], list[T]],
+    *,
+    on_bad_row: str = "stop",
+    enough: Callable[[int], bool] = lambda count: False,
 ) -> tuple[list[T], int]:
-    """Reads every row of a file or folder and converts it.
+    """Reads the rows of a file or folder and converts them.
 
     Args:
       path: as for `row_files`.
       convert: row → what becomes of it; raises `UserError` with what is wrong, but not where.
       on_bad_row: 'stop' at the first row that cannot be used, or 'skip' it.
+      enough: whether so many results will do, asked after each row; what follows is not read.
 
     Returns:
       (all that the rows became, in their order; the number of rows skipped).
@@ -72,6 +77,8 @@ def convert_rows(
                 ) from None
             skipped += 1
             first = first or f"{where}: {error}"
+        if enough(len(out)):
+            break
     if not rows:
         raise UserError(f"{path}: there are no rows; expected at least one")
     if skipped:
@@ -111,26 +118,24 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     with _open(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield f"{file}, line {number}", lambda line=line: _parse(line)
+                yield f"{file}, line {number}", lambda line=line: _object(_parse(line))
 
 
 def _json_list(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     with _open(file) as stream:
         try:
-            value = parse_json(stream.read())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: {_not_utf8(error)}") from None
-        except ValueError as error:
-            raise UserError(f"{file}: no JSON ({error})") from None
+            value = _parse(stream.read())
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
     if not isinstance(value, list):
         raise UserError(f"{file}: expected a JSON list of rows, or one row a line in a .jsonl file")
     for number, row in enumerate(value, 1):
         yield f"{file}, row {number}", lambda row=row: _object(row)
 
 
-def _parse(line: bytes) -> Row:
+def _parse(data: bytes) -> Any:
     try:
-        return _object(parse_json(line))
+        return parse_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(error)) from None
     except ValueError as error:

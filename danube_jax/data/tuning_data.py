@@ -16,6 +16,7 @@ from danube_jax.config import RoundConfig, RunConfig, SourceConfig
 from danube_jax.console import info, progress, warn
 from danube_jax.data import builtin_chat, chat, permutation
 from danube_jax.data.chat_examples import ChatEncoder, Dropped, Example, ExamplePair
+from danube_jax.data.conversations import COLUMNS as CONVERSATION_COLUMNS
 from danube_jax.data.conversations import FORMATS as CONVERSATION_FORMATS
 from danube_jax.data.conversations import (
     Conversation,
@@ -25,6 +26,7 @@ from danube_jax.data.conversations import (
 from danube_jax.data.loader import micro_batches
 from danube_jax.data.packing import Batch, Packed, pack_examples, pack_pairs
 from danube_jax.data.phases import Phase, PhaseSchedule
+from danube_jax.data.preferences import COLUMNS as PREFERENCE_COLUMNS
 from danube_jax.data.preferences import FORMATS as PREFERENCE_FORMATS
 from danube_jax.data.preferences import PreferencePair, read_preferences
 from danube_jax.data.tokenizer_base import Tokenizer
@@ -144,10 +146,9 @@ def _read_source(run: RunConfig, name: str) -> tuple[list[Raw], list[Raw]]:
     """(training, held-out) rows of a source."""
     source = run.data.sources[name]
     if source.builtin:
-        raw = builtin_chat.SOURCES[source.builtin]()
+        raw = builtin_chat.SOURCES[source.builtin]()[: source.max_examples]
     else:
-        raw = _read_rows(run, name, source, source.path)
-    raw = raw[: source.max_examples]
+        raw = _read_rows(run, name, source, source.path, limit=source.max_examples)
     if source.heldout_path:
         return raw, _read_rows(run, name, source, source.heldout_path)
     fraction = run.data.heldout_fraction
@@ -157,7 +158,9 @@ def _read_source(run: RunConfig, name: str) -> tuple[list[Raw], list[Raw]]:
     return train, [one for one, held in zip(raw, back, strict=True) if held]
 
 
-def _read_rows(run: RunConfig, name: str, source: SourceConfig, path: str) -> list[Raw]:
+def _read_rows(
+    run: RunConfig, name: str, source: SourceConfig, path: str, limit: int | None = None
+) -> list[Raw]:
     preferences = run.objective == "dpo"
     formats = PREFERENCE_FORMATS if preferences else CONVERSATION_FORMATS
     if source.format not in formats:
@@ -165,6 +168,13 @@ def _read_rows(run: RunConfig, name: str, source: SourceConfig, path: str) -> li
             f"config.data.sources.{name}.format: {source.format!r} is not possible; expected one "
             f"of {', '.join(formats)}"
         )
+    known = PREFERENCE_COLUMNS if preferences else CONVERSATION_COLUMNS
+    for key in source.columns:
+        if key not in known:
+            raise UserError(
+                f"config.data.sources.{name}.columns: {key!r} is not possible; expected our name "
+                f"for a column ({', '.join(known)}) and the file's"
+            )
     read = read_preferences if preferences else read_conversations
     found, _ = read(
         path,
@@ -172,6 +182,7 @@ def _read_rows(run: RunConfig, name: str, source: SourceConfig, path: str) -> li
         columns=source.columns,
         language=source.language,
         on_bad_row=run.chat.on_bad_row,
+        limit=limit,
     )
     return list(found)
 
@@ -202,13 +213,20 @@ def _encode(run: RunConfig, encoder: ChatEncoder, name: str, raw: Sequence[Raw])
                     continue
                 raise UserError(
                     f"config.data.sources.{name}: {error} (an example that begins with "
-                    f"{_question(one)[:60]!r})"
+                    f"{_question(one)[:60]!r}){_system_hint(one)}"
                 ) from None
             if item is not None:
                 out.append(item)
     note = dropped.describe()
     info(f"{name}: {len(out):,} examples{f' ({note})' if note else ''}")
     return out
+
+
+def _system_hint(raw: Raw) -> str:
+    messages = raw.prompt if isinstance(raw, PreferencePair) else raw
+    if messages[0]["role"] != "system":
+        return ""
+    return "; where it takes no system text: --config.chat.system_text=merge (or drop)"
 
 
 def _with_system_text(raw: Raw, how: str) -> Raw:

@@ -181,6 +181,11 @@ def _export_adapter(
     adapters, step = source.adapters()
     dtype = np.dtype(np.float32) if options.dtype == STORED else DTYPES[options.dtype]
     base = options.base_name or str(source.base.path.resolve())
+    if source.base.kind == "workdir" and not options.base_name:
+        warn(
+            f"the adapter's base is a run ({source.base.path}), which PEFT cannot load: export it "
+            "too, and name its folder with --base_name"
+        )
     write_adapter(folder, source, adapters, base=base, dtype=dtype)
     if tokenizer is not None:
         _write_tokenizer(tokenizer, folder, source)

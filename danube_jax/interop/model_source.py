@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from danube_jax import files
+from danube_jax.array_checksums import row_blocks
 from danube_jax.config import ModelConfig, TokenizerConfig, parse_model_config
 from danube_jax.console import progress, warn
 from danube_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
@@ -177,13 +180,17 @@ class ModelSource:
         if self.lora is None:
             return CheckpointReader(self._step_folder(step), self.config)
         assert self.base is not None
+        frozen = (_read_meta(self, step) or {}).get("frozen") or {}
         adapters = self._read_adapters(step)
-        return MergedReader(self.base, adapters, self.lora)
+        return MergedReader(self.base, adapters, self.lora, expected=frozen.get("fingerprint"))
 
     def _read_adapters(self, step: int) -> Params:
         assert self.lora is not None
         params = StepParams(self._step_folder(step))
-        expected = _flat_shapes(abstract_adapters(self.lora, self.config))
+        expected = {
+            path: tuple(leaf.shape)
+            for path, leaf in _flat(abstract_adapters(self.lora, self.config)).items()
+        }
         found = {path: leaf.shape for path, leaf in params.leaves.items()}
         if found != expected:
             raise UserError(
@@ -197,15 +204,34 @@ class ModelSource:
 
 
 class LeafReader:
-    """Iterates over (leaf, array) of a model in the order of `layout`, in the stored dtype."""
+    """Iterates over (leaf, array) of a model in the order of `layout`, in the stored dtype.
+
+    Attributes:
+      leaves: what it reads.
+      fingerprinting: to be set before reading where `fingerprint` is wanted afterwards.
+    """
 
     leaves: tuple[Leaf, ...]
+    fingerprinting = False
+    _digests: Mapping[str, str]
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype in which a leaf is stored."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[Leaf, np.ndarray]]:
+        digests: dict[str, str] = {}
+        for leaf, array in self._read():
+            if self.fingerprinting:
+                digests[".".join(leaf.path)] = _digest(array)
+            yield leaf, array
+        self._digests = digests
+
+    def fingerprint(self) -> str:
+        """Of all values, as float32 whatever the stored dtype; once all have been read."""
+        return files.sha256_json(self._digests)[:16]
+
+    def _read(self) -> Iterator[tuple[Leaf, np.ndarray]]:
         raise NotImplementedError
 
 
@@ -220,7 +246,7 @@ class FolderReader(LeafReader):
     def dtype(self, leaf: Leaf) -> np.dtype:
         return self._files.dtype(leaf)
 
-    def __iter__(self) -> Iterator[tuple[Leaf, np.ndarray]]:
+    def _read(self) -> Iterator[tuple[Leaf, np.ndarray]]:
         for leaf in self.leaves:
             yield leaf, self._files.read(leaf)
 
@@ -241,7 +267,7 @@ class CheckpointReader(LeafReader):
     def dtype(self, leaf: Leaf) -> np.dtype:
         return np.dtype(self._params.leaves[leaf.path].dtype)
 
-    def __iter__(self) -> Iterator[tuple[Leaf, np.ndarray]]:
+    def _read(self) -> Iterator[tuple[Leaf, np.ndarray]]:
         groups: dict[str, list[Leaf]] = {}
         for leaf in self.leaves:
             groups.setdefault(group_key(leaf), []).append(leaf)
@@ -252,11 +278,18 @@ class CheckpointReader(LeafReader):
 
 
 class MergedReader(LeafReader):
-    """Reads a base model and adds adapters on the way; changed kernels come in float32."""
+    """Reads a base model and adds adapters on the way; changed kernels come in float32.
 
-    def __init__(self, base: ModelSource, adapters: Params, lora: LoraConfig):
+    Its fingerprint is of the base and the adapters: their sum may round differently elsewhere.
+    """
+
+    def __init__(
+        self, base: ModelSource, adapters: Params, lora: LoraConfig, expected: str | None = None
+    ):
+        """`expected` is the fingerprint of the base that the adapters were trained on, if known."""
         self._base, self._adapters, self._lora = base, adapters, lora
         self._reader, _ = base.with_reader(lambda reader: reader)
+        self._reader.fingerprinting, self._expected = True, expected
         self.leaves = self._reader.leaves
         self._sizes = {name: out for name, (_, out) in projection_shapes(base.config).items()}
 
@@ -264,6 +297,7 @@ class MergedReader(LeafReader):
         return self._reader.dtype(leaf)
 
     def __iter__(self) -> Iterator[tuple[Leaf, np.ndarray]]:
+        """Raises `UserError` at the end where the base is not the one that was expected."""
         for leaf, array in self._reader:
             names = FUSED.get(leaf.path[1:3], ()) if len(leaf.path) == 4 else ()
             blocks = self._adapters.get(leaf.path[0], {})
@@ -273,16 +307,35 @@ class MergedReader(LeafReader):
                 kernel = jnp.asarray(array, jnp.float32)
                 array = np.asarray(merge_kernel(kernel, adapters, self._lora, names, sizes))
             yield leaf, array
+        found = self._reader.fingerprint()
+        if self._expected not in (None, found):
+            raise UserError(
+                f"{self._base.path}: the weights are not those that the adapters were trained on "
+                f"(fingerprint {found}, then {self._expected}); bring them back"
+            )
+
+    def fingerprint(self) -> str:
+        adapters = {".".join(path): _digest(x) for path, x in _flat(self._adapters).items()}
+        parts = {"base": self._reader.fingerprint(), "adapters": adapters}
+        return files.sha256_json(parts | {"lora": dataclasses.asdict(self._lora)})[:16]
 
 
-def _flat_shapes(tree: Mapping[str, Any], path: LeafPath = ()) -> dict[LeafPath, tuple[int, ...]]:
-    shapes: dict[LeafPath, tuple[int, ...]] = {}
+def _digest(array: np.ndarray) -> str:
+    """SHA-256 of a vector's or matrix's values as float32."""
+    digest = hashlib.sha256(str(array.shape).encode())
+    for block in row_blocks(array.reshape(1, -1) if array.ndim < 2 else array):
+        digest.update(np.ascontiguousarray(block, np.float32))
+    return digest.hexdigest()
+
+
+def _flat(tree: Mapping[str, Any], path: LeafPath = ()) -> dict[LeafPath, Any]:
+    leaves: dict[LeafPath, Any] = {}
     for key, node in tree.items():
         if isinstance(node, Mapping):
-            shapes |= _flat_shapes(node, (*path, key))
+            leaves |= _flat(node, (*path, key))
         else:
-            shapes[(*path, key)] = tuple(node.shape)
-    return shapes
+            leaves[(*path, key)] = node
+    return leaves
 
 
 def _first_difference(

@@ -12,8 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from danube_jax import files
-from danube_jax.array_checksums import named_checksums
 from danube_jax.console import info
 from danube_jax.errors import UserError
 from danube_jax.interop.hf_weights import set_leaf
@@ -29,7 +27,7 @@ class FrozenWeights:
     Attributes:
       params: matrices in the dtype to compute in, vectors float32; whole on each device.
       path: a Hugging Face folder or one checkpoint; relative to the workdir if inside it.
-      fingerprint: of all values.
+      fingerprint: of all values, as they are stored.
     """
 
     params: PyTree
@@ -61,7 +59,7 @@ def load_frozen(
         if not os.path.isabs(path):
             path = str(workdir / path)
     source = open_model(path)
-    params, step = source.with_reader(_read)
+    (params, fingerprint), step = source.with_reader(_read)
     replicated = NamedSharding(mesh, P())
 
     def place(leaf: np.ndarray) -> jax.Array:
@@ -70,8 +68,6 @@ def load_frozen(
             leaf.shape, replicated, lambda index: np.asarray(leaf[index], kind)
         )
 
-    placed = jax.tree.map(place, params)
-    fingerprint = files.sha256_json(named_checksums(placed))[:16]
     if expected is not None and fingerprint != expected["fingerprint"]:
         raise UserError(
             f"{path}: the weights are not those that this run began with (fingerprint "
@@ -83,13 +79,15 @@ def load_frozen(
     inside = folder.is_relative_to(os.path.abspath(workdir))
     if inside:
         folder = folder.relative_to(os.path.abspath(workdir))
+    placed = jax.tree.map(place, params)
     if expected is None:
         info(f"frozen weights: {path}{'' if step is None else f', step {step}'}")
     return FrozenWeights(placed, str(folder), fingerprint)
 
 
-def _read(reader: LeafReader) -> PyTree:
+def _read(reader: LeafReader) -> tuple[PyTree, str]:
     params: dict[str, Any] = {}
+    reader.fingerprinting = True
     for leaf, array in reader:
         set_leaf(params, leaf.path, array)
-    return params
+    return params, reader.fingerprint()

@@ -81,8 +81,10 @@ def test_masks_are_those_of_generation_tags(byte_level, tmp_path):
     assert example.mask.tolist() == [bool(m) for m in expected["assistant_masks"]]
     # The same text without the tags: found by rendering beginnings of the conversation.
     plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    again = ChatEncoder(tokenizer.with_chat_template(plain)).encode(TURNS)
-    np.testing.assert_array_equal(again.mask, example.mask)
+    trimming = MARKED.replace("{% generation %}", "{%-generation -%}")
+    for other in (plain, trimming):
+        again = ChatEncoder(tokenizer.with_chat_template(other)).encode(TURNS)
+        np.testing.assert_array_equal(again.mask, example.mask)
 
 
 def test_published_ids_of_prompt_and_answer():
@@ -140,14 +142,14 @@ def test_truncation(pieces):
         encoder = ChatEncoder(tokenizer, max_length=size, truncation=truncation)
         dropped = Dropped()
         example = encoder.example(TURNS, dropped)
-        counts[truncation] = dataclasses.astuple(dropped)
+        counts[truncation] = {k: n for k, n in dataclasses.asdict(dropped).items() if n}
         if truncation == "drop":
             assert example is None
             continue
         kept = slice(10, None) if truncation == "left" else slice(size)
         np.testing.assert_array_equal(example.ids, whole.ids[kept])
         np.testing.assert_array_equal(example.mask, whole.mask[kept])
-    assert counts == {"drop": (1, 0, 0, 0), "left": (0, 0, 1, 0), "right": (0, 0, 1, 0)}
+    assert counts == {"drop": {"too_long": 1}, "left": {"shortened": 1}, "right": {"shortened": 1}}
     # Cut before the first answer begins, nothing is left to train on.
     dropped = Dropped()
     short = ChatEncoder(tokenizer, max_length=5, truncation="right")
@@ -172,6 +174,18 @@ def test_truncated_pairs_keep_a_common_prompt(pieces):
     tight = ChatEncoder(tokenizer, max_length=answer, truncation="left").pair(preference, Dropped())
     assert len(tight.rejected.ids) == answer
     assert tight.rejected.trained == answer - 1  # a token of the prompt stays, to predict from
+
+
+def test_pairs_that_are_equal_once_cut_are_dropped_and_counted(pieces):
+    tokenizer = pieces.with_chat_template(chat.TEMPLATES["danube"])
+    same = "All of them are objects"
+    preference = PreferencePair(TURNS[:1], f"{same}, and more.", f"{same}; no.")
+    common = len(ChatEncoder(tokenizer).encode((*TURNS[:1], TURNS[1] | {"content": same})).ids) - 1
+    dropped = Dropped()
+    encoder = ChatEncoder(tokenizer, max_length=common, truncation="right")
+    assert encoder.pair(preference, dropped) is None
+    assert (dropped.alike, dropped.shortened) == (1, 0)
+    assert dropped.describe() == "1 with two equal answers, dropped"
 
 
 def test_refused_by_the_template(pieces):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pytest
 
@@ -48,6 +49,18 @@ def test_inputs_systems_named_columns_and_multiple_turns(tmp_path):
     assert found == [({"role": "system", "content": "kurz"}, *QA)]
     found, _ = read_conversations(write(tmp_path / "c.jsonl", [{"messages": [*QA, *QA]}]))
     assert found == [QA + QA]
+    rows = [{"dialog": FORMS["sharegpt"]["conversations"]}]
+    for form in ("auto", "sharegpt", "messages"):
+        path = write(tmp_path / "d.jsonl", rows)
+        assert read_conversations(path, format=form, columns={"messages": "dialog"})[0] == [QA]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_byte_order_mark_is_no_part_of_the_data(name, tmp_path):
+    row = FORMS["alpaca"]
+    text = json.dumps([row]) if name.endswith(".json") else json.dumps(row)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_conversations(tmp_path / name)[0] == [QA]
 
 
 def test_system_texts_can_be_left_out_or_merged_into_the_question():
@@ -92,6 +105,8 @@ BAD = {
     "no object": ([1, 2], "expected a JSON object"),
     "no JSON": ("{oops", "no JSON"),
     "not UTF-8": (b'{"prompt": "\xff", "response": "x"}', "not UTF-8 .byte 0xff"),
+    "half a character": (rb'{"prompt": "\ud83d", "response": "x"}', "half a character .*ud83d"),
+    "nested without end": (b"[" * 100_000, "no JSON"),
 }
 
 
@@ -119,6 +134,10 @@ def test_bad_rows_can_be_skipped_and_counted(tmp_path, monkeypatch):
         read_conversations(write(tmp_path / "empty.jsonl", []))
     with pytest.raises(UserError, match="no such file"):
         read_conversations(tmp_path / "gone.jsonl")
+    # Beyond a limit nothing is read.
+    assert read_conversations(path, limit=1) == ([QA], 0)
+    with pytest.raises(UserError, match="line 2"):
+        read_conversations(path, limit=2)
     (tmp_path / "x.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="unknown kind of file"):
         read_conversations(tmp_path / "x.csv")
@@ -161,12 +180,30 @@ def test_every_preference_format_gives_the_same_pair(name, tmp_path):
     assert (pair.prompt, pair.chosen, pair.rejected) == ((QA[0],), "good", "bad")
 
 
+def test_what_a_question_is_about_belongs_to_it(tmp_path):
+    row = {"instruction": "Add", "input": "1 2", "output": "3", "chosen": "3", "rejected": "4"}
+    ((pair,), _) = read_preferences(write(tmp_path / "p.jsonl", [row]))
+    assert pair.prompt == ({"role": "user", "content": "Add\n\n1 2"},)
+
+
 BAD_PAIRS = {
     "missing": ({"prompt": "Q", "chosen": "good"}, "there is no rejected answer"),
     "empty": ({"prompt": "Q", "chosen": "good", "rejected": " "}, "rejected answer is empty"),
     "equal": ({"prompt": "Q", "chosen": "x", "rejected": "x"}, "the same text"),
     "one reply": ({"prompt": "Q", "replies": [{"text": "x", "rank": 0}]}, "expected at least two"),
-    "no rank": ({"prompt": "Q", "replies": [{"text": "x"}] * 2}, "neither rank nor score"),
+    "no rank": ({"prompt": "Q", "replies": [{"text": "x"}] * 2}, "no rank or score"),
+    "rank and score": (
+        {"prompt": "Q", "replies": [{"text": "x", "rank": 0}, {"text": "y", "score": 1}]},
+        r"replies\[1\]: no rank",
+    ),
+    "no number": (
+        {"prompt": "Q", "replies": [{"text": "x", "score": math.nan}, {"text": "y", "score": 1}]},
+        r"replies\[0\]: no score",
+    ),
+    "neither text nor messages": (
+        {"prompt": "Q", "chosen": "x", "rejected": 3},
+        "rejected: expected a text or messages, got 3",
+    ),
     "open": (
         {"messages": list(QA), "chosen": "x", "rejected": "y"},
         "does not end with a question",
@@ -220,3 +257,13 @@ def test_trees_give_best_conversations_and_pairs_of_best_and_worst(tmp_path):
     pairs, _ = read_preferences(path, language="en")
     assert [(p.chosen, p.rejected) for p in pairs] == [("best", "worst"), ("first", "second")]
     assert [m["content"] for m in pairs[1].prompt] == ["Q", "best", "Q2"]
+
+
+def test_trees_without_a_root_give_nothing(tmp_path):
+    circle = [tree("x", "y", "prompter", "X"), tree("y", "x", "assistant", "Y", 0)]
+    gap = [tree("z", "gone", "prompter", "Z"), tree("w", "z", "assistant", "W", 0)]
+    path = write(tmp_path / "tree.jsonl", [*circle, *TREE, *gap])
+    found, _ = read_conversations(path, language="en")
+    assert [conversation[0]["content"] for conversation in found] == ["Q"]
+    assert read_conversations(path, language="en", limit=1)[0] == found
+    assert len(read_preferences(path, language="en")[0]) == 2

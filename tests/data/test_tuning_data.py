@@ -115,6 +115,22 @@ def test_what_leaves_nothing_to_train_on_is_refused(open_run):
         open_run("dpo", **{"chat.max_length": 90})
     with pytest.raises(UserError, match="expected one of auto, pairs, ranked, oasst"):
         open_run("dpo", **{"data.sources.rows.format": "alpaca"})
+    with pytest.raises(
+        UserError, match=r"rows.columns: 'promt' is not possible; expected .*prompt"
+    ):
+        open_run(**{"data.sources.rows.columns": {"promt": "frage"}})
+
+
+def test_system_texts_that_the_template_refuses(open_run, tmp_path):
+    rows = [row | {"system": "Be brief."} for row in conversation_rows()]
+    other = str(write_rows(tmp_path / "system.jsonl", rows))
+    changes = {"data.sources.rows.path": other, "chat.template": "danube2"}
+    with pytest.raises(UserError, match=r"System role .*--config.chat.system_text=merge"):
+        open_run(**changes)
+    _, merged = open_run(**changes, **{"chat.system_text": "merge"})
+    _, plain = open_run()
+    assert len(merged.items) + len(merged.heldout["rows"]) == len(rows)
+    assert merged.items[0].trained == plain.items[0].trained
 
 
 def test_built_in_chat_is_the_same_every_time_and_right():

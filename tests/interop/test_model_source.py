@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from danube_jax.config import CheckpointConfig
 from danube_jax.data.tokenizer import open_tokenizer
 from danube_jax.errors import UserError
+from danube_jax.interop.import_hf import import_model
 from danube_jax.interop.model_source import open_model
 from danube_jax.models.decoder import abstract_params
 from danube_jax.training.checkpoint import Checkpointer
@@ -107,3 +109,27 @@ def test_wrong_steps(trained, hf_folder):
         open_model(trained.path / "checkpoints" / "2", 4)
     with pytest.raises(UserError, match="a Hugging Face folder has no steps"):
         open_model(hf_folder, 0)
+
+
+def test_fingerprints_tell_values_and_nothing_else(save_hf, tmp_path):
+    def fingerprint(path):
+        def read(reader):
+            reader.fingerprinting = True
+            for _ in reader:
+                pass
+            return reader.fingerprint()
+
+        return open_model(path).with_reader(read)[0]
+
+    folder = save_hf(dtype="bfloat16", architecture="llama")
+    import_model(folder, tmp_path / "ours")  # in other arrays, and in another order in memory
+    wide = tmp_path / "float32"
+    shutil.copytree(folder, wide)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v.astype(np.float32) for k, v in tensors.items()}, wide / "model.safetensors")
+    expected = fingerprint(folder)
+    assert fingerprint(tmp_path / "ours") == fingerprint(wide) == expected
+    name = min(tensors)
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, wide / "model.safetensors")
+    assert fingerprint(wide) != expected

@@ -61,6 +61,18 @@ def arrays(workdir):
     return params.read(params.leaves), step, params.meta
 
 
+def board_tags(workdir):
+    """Names of the curves and texts that TensorBoard shows."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator(str(workdir / "tensorboard"))
+    return {
+        kind: set(names or ())
+        for kind, names in accumulator.Reload().Tags().items()
+        if isinstance(names, list)
+    }
+
+
 def assert_same_run(one, other):
     (ours, step, meta), (theirs, same_step, same_meta) = arrays(one), arrays(other)
     assert step == same_step
@@ -89,6 +101,9 @@ def test_sft_resumes_to_the_bit_and_gives_a_model_that_chats(folder, tmp_path):
     assert 0 < row["padding"] < 0.6
     assert row["examples"] >= 4  # several in each of the batch's two rows
     assert (whole / "samples" / "step-00000000.txt").read_text().startswith("What is 3?\n")
+    tags = board_tags(whole)
+    assert {"train/loss", "train/padding", "evaluation/loss/rows"} <= tags["scalars"]
+    assert "samples/text_summary" in tags["tensors"]
 
     from danube_jax.inference.loading import open_text_model
 
@@ -133,6 +148,8 @@ def test_a_round_begins_at_ln_2_from_the_one_before(rounds):
         assert {"reward_chosen", "reward_rejected", "accuracy"} <= read_rows(workdir, "train")[
             0
         ].keys()
+    expected = {"evaluation/accuracy/rows", "evaluation/likelihood_accuracy/rows", "train/margin"}
+    assert expected <= board_tags(whole)["scalars"]
     # The second round's base is the first one's result, and its rate is its own.
     found, step, meta = arrays(whole)
     assert meta["lora"]["base"] == f"rounds/1-first/checkpoints/{step}"
@@ -189,21 +206,39 @@ def test_a_base_that_changed_is_refused(folder, tmp_path):
     config.lora.rank = 2
     config.evaluation.at_start, config.samples.prompts = False, ()
     workdir = tune(config, tmp_path / "run", max_steps=1)
+    open_model(workdir).load_params()
     shutil.rmtree(base)
     write_tiny_folder(base, seed=1)
     with pytest.raises(UserError, match="not those that this run began with"):
         tune(config, workdir, max_steps=2)
+    with pytest.raises(UserError, match="not those that the adapters were trained on"):
+        open_model(workdir).load_params()
 
 
-def test_two_devices_train_as_one(folder, tmp_path, monkeypatch):
+def test_sft_in_fp8_is_close_to_float32(folder, tmp_path):
+    config = config_of(folder, "sft")
+    config.evaluation.at_start, config.samples.prompts = False, ()
+    plain = tune(config, tmp_path / "plain", max_steps=3)
+    config.precision.linear = "fp8"
+    rough = tune(config, tmp_path / "fp8", max_steps=3)
+    losses = [[r["loss"] for r in read_rows(w, "train")] for w in (plain, rough)]
+    assert losses[0] != losses[1]
+    # E4M3 keeps four significant bits: a product of two is off by a few per cent at random.
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
+
+
+@pytest.mark.parametrize("objective", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_two_devices_train_as_one(folder, tmp_path, monkeypatch, objective):
     from danube_jax.training import loop, mesh
 
-    config = config_of(folder, "sft")
+    config = config_of(folder, objective)
     config.lora.update({"rank": 2, "dropout": 0.2})
+    config.dpo.reference = "cache"
     config.evaluation.at_start, config.samples.prompts = False, ()
     one = tune(config, tmp_path / "one", max_steps=3)
     devices = np.array(jax.devices()[:2])
     monkeypatch.setattr(loop, "make_mesh", lambda: mesh.Mesh(devices, (mesh.DATA_AXIS,)))
     two = tune(config, tmp_path / "two", max_steps=3)
-    losses = [[r["loss"] for r in read_rows(w, "train")] for w in (one, two)]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # float32 sums in another order
+    for kind, key in (("train", "loss"), ("evaluation", "loss/rows")):
+        losses = [[r[key] for r in read_rows(w, kind)] for w in (one, two)]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # sums in another order
