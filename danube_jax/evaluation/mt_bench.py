@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from danube_jax import files
 from danube_jax.console import progress
 from danube_jax.data.tokenizer import Tokenizer
 from danube_jax.errors import UserError
@@ -221,7 +222,7 @@ def answer_questions(
                     ]
                     prompts = [ids for _, ids, _ in fitted]
                     room = min(MAX_TOKENS, context - max(map(len, prompts)))
-                    # Each question draws from a seed of its own, whatever was answered before.
+                    # A batch draws from its first question's seed, whatever was answered before.
                     settings = dataclasses.replace(
                         sampling,
                         temperature=heat,
@@ -319,7 +320,8 @@ def _means(grades: Sequence[Grade]) -> dict[str, float | None]:
 class Journal:
     """Rows appended to a JSONL file as they come, so that a stopped run goes on.
 
-    Only rows with the same `key` count: another model or judge begins anew.
+    Only rows with the same `key` count: another model or judge begins anew. The others stay in the
+    file, so that going back to the first judge costs nothing.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]):
@@ -327,16 +329,17 @@ class Journal:
         self._path, self._key = path, sha256_json(key)[:16]
         self.rows: list[dict[str, Any]] = []
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        whole = []
         for line in lines:
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and row.get("key") == self._key:
-                self.rows.append(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        path.write_text(text, encoding="utf-8")
+            if isinstance(row, dict) and "key" in row:
+                whole.append(line + "\n")
+                if row["key"] == self._key:
+                    self.rows.append(row)
+        files.write_bytes(path, "".join(whole).encode())
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row."""

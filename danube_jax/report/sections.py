@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -301,7 +302,7 @@ def samples_by_prompt(run: RunFolder) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, str]]] = {}
     for sample in run.samples:
         for prompt, text in zip(sample.prompts, sample.texts, strict=True):
-            rest = text[len(prompt) :]
+            rest = re.sub(r"\n\s*\n", "\n", text[len(prompt) :])  # blank lines take a page
             place = _tokens_at(run, sample.step)
             item = {"step": f"{sample.step:,}", "tokens": place, "prompt": prompt, "rest": rest}
             groups.setdefault(prompt, []).append(item)
