@@ -302,7 +302,9 @@ def samples_by_prompt(run: RunFolder) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, str]]] = {}
     for sample in run.samples:
         for prompt, text in zip(sample.prompts, sample.texts, strict=True):
-            rest = re.sub(r"\n\s*\n", "\n", text[len(prompt) :])  # blank lines take a page
+            rest = text[len(prompt) :]
+            if prompt:  # blank lines would take a page; a text of unknown parts stays as it is
+                rest = re.sub(r"\n\s*\n", "\n", rest)
             place = _tokens_at(run, sample.step)
             item = {"step": f"{sample.step:,}", "tokens": place, "prompt": prompt, "rest": rest}
             groups.setdefault(prompt, []).append(item)
