@@ -225,7 +225,7 @@ def test_samples_of_other_prompts_are_shown_whole(tmp_path):
     texts = {10: ("one", "two", "three"), 20: ("The function\n\n x", "If the value y")}
     shown = page_of(make_run(tmp_path / "run", samples=texts))
     assert "one\n\n---\n\ntwo\n\n---\n\nthree" in shown.text
-    assert "The function\n\n x" in shown.text
+    assert "The function\n x" in shown.text  # without the blank line
 
 
 def test_blank_lines_of_samples_are_left_out(tmp_path):
