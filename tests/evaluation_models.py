@@ -8,6 +8,7 @@ import yaml
 from tokenizer_models import byte_level_folder
 
 CONTEXT = 160
+WINDOW = 40  # of Mistral's
 WORDS = [word for text in list(topics.values())[40:60] for word in text.split()]
 TEXTS = [text for _, text in sorted(topics.items())][60:]
 CHAT_TEMPLATE = (
@@ -41,7 +42,7 @@ def write_model(folder: Path, architecture: str, *, chat: bool = False, **change
     } | changes
     torch.manual_seed(3)
     if architecture == "mistral":
-        config = transformers.MistralConfig(**fields, sliding_window=40)
+        config = transformers.MistralConfig(**fields, sliding_window=WINDOW)
         model = transformers.MistralForCausalLM(config)
     else:
         config = transformers.LlamaConfig(**fields, tie_word_embeddings=True)

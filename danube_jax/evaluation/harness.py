@@ -39,6 +39,10 @@ DEFAULT_TOP_K = 50  # of transformers' `generate`, where a task draws at random
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
+class Stopped(Exception):
+    """An evaluation was asked to stop before it was done."""
+
+
 @register_model("danube_jax")
 class DanubeLM(TemplateLM):
     """Scores and continues text for lm-eval.
@@ -64,6 +68,7 @@ class DanubeLM(TemplateLM):
         max_length: int | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
+        stop: Callable[[], bool] | None = None,
         **ignored: Any,
     ):
         """Opens a model's folder, or takes the parts of one that is in memory.
@@ -80,6 +85,7 @@ class DanubeLM(TemplateLM):
           max_length: context in tokens; None means the model's.
           dtype: 'auto' (float32 on a CPU, else bfloat16), 'float32' or 'bfloat16'.
           batch_size: lm-eval's own; batches are made by tokens here.
+          stop: asked with every answer; once it says True, the evaluation raises `Stopped`.
           ignored: further arguments of lm-eval's command line, such as `device`.
         """
         super().__init__()
@@ -96,6 +102,7 @@ class DanubeLM(TemplateLM):
         self._generation = dict(generation or {})
         self._max_length = int(max_length)
         self.batch_size = batch_size
+        self._stop = stop or (lambda: False)
         self.template = tokenizer.chat_template is not None
         self.tokens = self.requests = 0
         self.seconds = 0.0
@@ -190,6 +197,7 @@ class DanubeLM(TemplateLM):
         ):
 
             def on_result(index: int, scored: Scored) -> None:
+                self._check_stop()
                 results[index] = scored.logprob, scored.greedy
                 if requests[index][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
@@ -256,6 +264,7 @@ class DanubeLM(TemplateLM):
             try:
                 for future in as_completed(futures):
                     batch, texts, tokens = future.result()
+                    self._check_stop()
                     self.tokens += tokens
                     for i, text in zip(batch, texts, strict=True):
                         results[i] = text
@@ -265,6 +274,10 @@ class DanubeLM(TemplateLM):
                 pool.shutdown(cancel_futures=True)
                 raise
         return results
+
+    def _check_stop(self) -> None:
+        if self._stop():
+            raise Stopped
 
     def _generators(self) -> Sequence[Generator]:
         if callable(self._generator):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,9 +42,15 @@ class NoBenchmarks:
         return False
 
     def run_if_missing(
-        self, params: Any, step: int, tokens: int, writer: WritesRows | None
-    ) -> None:
-        """Nothing."""
+        self,
+        params: Any,
+        step: int,
+        tokens: int,
+        writer: WritesRows | None,
+        stop: Callable[[], bool],
+    ) -> bool:
+        """Nothing, and that is done."""
+        return True
 
     def close(self) -> None:
         """Nothing."""
@@ -90,23 +97,39 @@ class Benchmarks:
         return step == last_step or bool(every and step and step % every == 0)
 
     def run_if_missing(
-        self, params: Any, step: int, tokens: int, writer: WritesRows | None
-    ) -> None:
+        self,
+        params: Any,
+        step: int,
+        tokens: int,
+        writer: WritesRows | None,
+        stop: Callable[[], bool],
+    ) -> bool:
         """Runs the tasks, unless metrics.jsonl has their row of this step from before a stop.
 
         Args:
           params: the training state's parameters, on the mesh.
           step, tokens: how far the run is.
           writer: takes the row of scores; None on all processes but the first.
+          stop: whether the run is asked to stop. Heard within a batch in a run of one process;
+            several, which compute together, finish the evaluation.
+
+        Returns:
+          Whether the scores are there; False where the run was asked to stop first.
         """
         missing = writer is not None and not self._has_row(step)
         if jax.process_count() > 1:
             missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
         if not missing:
-            return
-        results = self._evaluate(params)
+            return True
+        from danube_jax.evaluation.harness import Stopped
+
+        try:
+            results = self._evaluate(params, stop if jax.process_count() == 1 else None)
+        except Stopped:
+            info(f"the benchmarks of step {step} were stopped; they run when the run goes on")
+            return False
         if writer is None:
-            return
+            return True
         from danube_jax.evaluation.results import markdown, task_rows, write_results
 
         stem = f"results_{step}_{self._selection.name}"
@@ -121,6 +144,7 @@ class Benchmarks:
         writer.write({"kind": KIND, "step": step, "tokens": tokens, **scores, **errors})
         shown = ", ".join(f"{row.task} {row.metric} {row.text()}" for row in rows)
         info(f"benchmarks at step {step}: {shown}")
+        return True
 
     def _has_row(self, step: int) -> bool:
         path = self._workdir / "metrics.jsonl"
@@ -128,7 +152,7 @@ class Benchmarks:
         rows = (json.loads(line) for line in lines if f'"{KIND}"' in line)
         return any(row["kind"] == KIND and row["step"] == step for row in rows)
 
-    def _evaluate(self, params: Any) -> dict[str, Any]:
+    def _evaluate(self, params: Any, stop: Callable[[], bool] | None) -> dict[str, Any]:
         from danube_jax.evaluation.harness import DanubeLM
         from danube_jax.evaluation.run import run_tasks
 
@@ -138,6 +162,7 @@ class Benchmarks:
             generator=functools.partial(self._generators, params),
             tokenizer=self._tokenizer,
             max_length=self._run.model.max_position_embeddings,
+            stop=stop,
         )
         config = self._run.evals
         return dict(run_tasks(lm, self._tasks, limit=config.limit, chat=config.chat))
@@ -148,7 +173,9 @@ class Benchmarks:
             from danube_jax.evaluation.scoring import Scorer
             from danube_jax.models.decoder import Decoder
 
-            config = dataclasses.replace(self._run.model, remat="none")
+            config = dataclasses.replace(
+                self._run.model, remat="none", attention_backend="auto"
+            )  # cuDNN's attention, which a run may name, cannot pad prefixes
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
             self._scorer = Scorer(Decoder(config, self._dtype), mesh=self._mesh, specs=specs)
         return self._scorer

@@ -257,7 +257,7 @@ def answer_questions(
                     ]
                     prompts = [ids for _, ids, _ in fitted]
                     room = min(MAX_TOKENS, context - max(map(len, prompts)))
-                    # Each question draws from a seed of its own, whatever was answered before.
+                    # A batch draws from its first question's seed, whatever was answered before.
                     settings = dataclasses.replace(
                         sampling,
                         temperature=heat,
@@ -355,7 +355,8 @@ def _means(grades: Sequence[Grade]) -> dict[str, float | None]:
 class Journal:
     """Rows appended to a JSONL file as they come, so that a stopped run goes on.
 
-    Only rows with the same `key` count: another model or judge begins anew.
+    Only rows with the same `key` count: another model or judge begins anew. The others stay in the
+    file, so that going back to the first judge costs nothing.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]):
@@ -365,10 +366,12 @@ class Journal:
         kept, damaged = [], 0
         for line in path.read_bytes().split(b"\n") if path.is_file() else []:
             row = _intact(line)
-            damaged += row is None and bool(line.strip())
-            if row is not None and row.get("key") == self._key:
-                self.rows.append(row)
+            if row is not None and "key" in row:
                 kept.append(line + b"\n")
+                if row["key"] == self._key:
+                    self.rows.append(row)
+            elif line.strip():
+                damaged += 1
         if damaged:
             warn(f"{path}: {damaged} damaged rows are left out, and made again")
         files.write_bytes(path, b"".join(kept))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from danube_jax.evaluation.mt_bench import (
     grade_answers,
     summarize,
 )
-from danube_jax.evaluation.published import MT_BENCH
+from danube_jax.evaluation.published import MT_BENCH, MT_BENCH_OVERALL
 from danube_jax.evaluation.radar import radar_svg
 from danube_jax.files import sha256_json
 from danube_jax.inference.generate import Generator
@@ -108,8 +109,14 @@ def _answers(
         row = {"question_id": question.id, "model_id": model.name}
         journal.add(row | {"choices": [{"index": 0, "turns": list(turns)}]})
 
+    tokens, seconds = 0, 0.0
+
     def generate(prompts: list[list[int]], sampling: SamplingConfig) -> list[str]:
+        nonlocal tokens, seconds
+        start = time.perf_counter()
         completions = model.generator.generate(prompts, sampling)
+        seconds += time.perf_counter() - start
+        tokens += sum(len(completion.tokens) for (completion,) in completions)
         return [completion.text for (completion,) in completions]
 
     answer_questions(
@@ -122,6 +129,8 @@ def _answers(
         on_answers=keep,
         temperature=temperature,
     )
+    if seconds:
+        info(f"{tokens:,} tokens answered in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s")
     return known
 
 
@@ -181,6 +190,9 @@ def rows(summary: Mapping[str, Any], name: str) -> tuple[list[str], list[list[st
     ours = [name, *(pair(summary["categories"][category]) for category in categories)]
     ours += [pair(summary), _text(summary["average"]), _text(summary["average_without_coding"])]
     out = [ours]
+    for model, (first, second, average) in MT_BENCH_OVERALL.items():
+        cells = [model, *("-" for _ in categories), f"{first:.2f} / {second:.2f}"]
+        out.append([*cells, f"{average:.2f}", "-"])
     for row in reversed(MT_BENCH):
         means = [sum(turn) / len(turn) for turn in zip(*row.categories.values(), strict=True)]
         scores = {
@@ -199,7 +211,8 @@ def table(summary: Mapping[str, Any], name: str) -> Table:
     """The terminal's table beside the published models."""
     head, body = rows(summary, name)
     out = Table(
-        *head, title="MT-Bench, 1 to 10; published: arXiv 2401.16818, table 3, without coding"
+        *head,
+        title="MT-Bench, 1 to 10; published: arXiv 2401.16818, table 3 (without coding), section 7",
     )
     for i, row in enumerate(body):
         out.add_row(*row, style="bold" if i == 0 else None, end_section=i == 0)
@@ -213,5 +226,10 @@ def markdown(summary: Mapping[str, Any], name: str, picture: str) -> str:
     note = f"{summary['graded']} turns graded by {summary['judge']['model']}"
     if summary["ungraded"]:
         note += f"; {len(summary['ungraded'])} could not be graded and are left out"
-    parts = ["## MT-Bench", "", f"{note}. Published scores: arXiv 2401.16818, table 3.", ""]
+    parts = [
+        "## MT-Bench",
+        "",
+        f"{note}. Published scores: arXiv 2401.16818, table 3 and section 7.",
+        "",
+    ]
     return "\n".join([*parts, *lines, "", f"![scores a category]({picture})"]) + "\n"

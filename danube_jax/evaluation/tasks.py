@@ -49,6 +49,8 @@ def select(names: Sequence[str], num_fewshot: int | None = None) -> Selection:
     presets = [name for name in names if name in PRESETS]
     if presets and len(names) > 1:
         raise UserError(f"--tasks: the preset {presets[0]!r} stands alone; name its tasks instead")
+    if MT_BENCH in names:
+        raise UserError(f"--tasks: {MT_BENCH!r} stands alone, in a command of its own")
     if presets:
         preset = PRESETS[presets[0]]
         if num_fewshot is not None:
@@ -109,7 +111,8 @@ def load_tasks(
         manager = _manager(selection, paths, data is not None)
         loaded = []
         for name, number in selection.tasks.items():
-            loaded += _load(manager, name, number)
+            from_files = data is not None and name in local_data.local_names()
+            loaded += _load(manager, name, number, str(data) if from_files else None)
         yield loaded, notes
 
 
@@ -128,8 +131,22 @@ def _manager(selection: Selection, paths: list[str], local: bool) -> Any:
     manager = TaskManager(include_path=paths or None)
     for name in missing:
         if name not in manager.all_tasks:
+            for path in paths:
+                _refuse_broken_yaml(Path(path))
             raise UserError(_unknown(name, manager.all_tasks))
     return manager
+
+
+def _refuse_broken_yaml(folder: Path) -> None:
+    """Names a file that lm-eval passed over, since it is no YAML."""
+    import yaml
+
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            for _ in yaml.parse(path.read_text(encoding="utf-8")):
+                pass
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--include_path: {path} is no YAML: {error}") from None
 
 
 def _official_folder(name: str) -> Path:
@@ -139,20 +156,23 @@ def _official_folder(name: str) -> Path:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, [*PRESETS, MT_BENCH, *known], n=3, cutoff=0.5)
+    everything = dict.fromkeys([*PRESETS, MT_BENCH, *known])
+    near = difflib.get_close_matches(name, everything, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks shows them all"
     return f"--tasks: there is no task {name!r}; {hint}"
 
 
-def _load(manager: Any, name: str, number: int | None) -> list[Any]:
+def _load(manager: Any, name: str, number: int | None, data: str | None) -> list[Any]:
+    """A task or group; `data` is the folder that its documents are from, None for the network."""
     try:
         loaded = manager.load([name])
     except Exception as error:  # the datasets library raises whatever its back ends do
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"the task {name} cannot be loaded ({reason}); where there is no network, give a "
-            "folder of JSONL files with --local_data"
-        ) from None
+        if data is not None:
+            hint = f"its rows in {data} are not what it expects, see docs/evaluation.md"
+        else:
+            hint = "where there is no network, give a folder of JSONL files with --local_data"
+        raise UserError(f"the task {name} cannot be loaded ({reason}); {hint}") from None
     for task in loaded["tasks"].values():
         if number is not None:
             task.set_config(key="num_fewshot", value=number)

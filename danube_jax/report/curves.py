@@ -19,7 +19,7 @@ PLACEHOLDERS = ("context",)  # numbers of a training row that are no curves
 
 # Known curves of training rows: key, title, note, form, whether the axis begins at zero.
 KNOWN: tuple[tuple[str, str, str, Callable[[float], str], bool], ...] = (
-    ("learning_rate", "Learning rate", "", numbers.figure, True),
+    ("learning_rate", "Learning rate", "Of each logged step.", numbers.figure, True),
     ("grad_norm", "Gradient norm", "Global norm before clipping.", numbers.figure, False),
     (
         "tokens_per_second",

@@ -4,6 +4,7 @@ import base64
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,7 @@ from danube_jax.report import comparison, curves, events, sections, standing
 from danube_jax.report.collect import CONFIG, RunFolder, collect
 
 FILE = "report.html"
+MOST_TILES = 7  # side by side
 ROUNDS = "rounds"  # where a tuning run keeps the folders of its earlier rounds
 
 # The page's parts: anchor, title, and what each of them shows.
@@ -95,11 +97,13 @@ def run_context(run: RunFolder) -> dict[str, Any]:
     """Everything that the page of a run shows."""
     event_rows, left_out = events.table(run)
     heldout = sections.heldout_rows(run)
+    tiles = sections.headline(run)
     return {
         "run": run,
         "status": sections.status_line(run),
         "lead": sections.lead(run),
-        "tiles": sections.headline(run),
+        "tiles": tiles,
+        "tile_columns": -(-len(tiles) // max(1, math.ceil(len(tiles) / MOST_TILES))),
         "loss_charts": curves.loss_charts(run),
         "phases": sections.phase_rows(run),
         "heldout_charts": curves.heldout_charts(run),
@@ -112,6 +116,7 @@ def run_context(run: RunFolder) -> dict[str, Any]:
         "sources": sections.source_rows(run),
         "published_parts": standing.published_parts([run]),
         "tasks": standing.task_rows(run),
+        "partial": standing.is_partial(run),
         "mt_bench": standing.mt_bench_strip(run.mt_bench[-1]) if run.mt_bench else None,
         "benchmark_charts": curves.benchmark_charts(run),
         "samples": sections.samples_by_prompt(run),

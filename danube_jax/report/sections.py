@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -302,6 +303,8 @@ def samples_by_prompt(run: RunFolder) -> list[dict[str, Any]]:
     for sample in run.samples:
         for prompt, text in zip(sample.prompts, sample.texts, strict=True):
             rest = text[len(prompt) :]
+            if prompt:  # blank lines would take a page; a text of unknown parts stays as it is
+                rest = re.sub(r"\n\s*\n", "\n", rest)
             place = _tokens_at(run, sample.step)
             item = {"step": f"{sample.step:,}", "tokens": place, "prompt": prompt, "rest": rest}
             groups.setdefault(prompt, []).append(item)

@@ -109,19 +109,55 @@ def _documents(score: Score) -> str:
 
 
 def published_parts(runs: Sequence[RunFolder]) -> list[tuple[Strip, PublishedTable]]:
-    """For each preset with a published table that some run has results of: strip and table."""
+    """For each preset with a published table that some run has results of: strip and table.
+
+    Tasks that were run by name, with the preset's number of examples, count where the preset
+    itself was not run.
+    """
     parts = []
     for preset in presets.PRESETS.values() if presets else ():
-        measured = []
+        measured, wanted = [], set()
         for color, run in enumerate(runs):
-            found = [results for results in run.results if results.preset == preset.name]
-            if found:
-                scores = [_read(found[-1], column) for column in preset.columns]
-                measured.append((_name(run, found[-1], len(runs) > 1), color, scores))
+            results, tasks = _comparable(run, preset)
+            if results is not None:
+                scores = [
+                    _read(results, column) if column.task in tasks else None
+                    for column in preset.columns
+                ]
+                measured.append((_name(run, results, len(runs) > 1), color, scores))
+                wanted |= tasks
         if measured:
+            kept = [i for i, column in enumerate(preset.columns) if column.task in wanted]
+            if len(kept) < len(preset.columns):
+                columns = tuple(preset.columns[i] for i in kept)
+                preset = dataclasses.replace(preset, columns=columns, average=False)
+                measured = [(*head, [scores[i] for i in kept]) for *head, scores in measured]
             named = NAMED if len(runs) == 1 else {}  # colours are the runs' own otherwise
             parts.append((_strip(preset, measured, named), _table(preset, measured)))
     return parts
+
+
+def is_partial(run: RunFolder) -> bool:
+    """Whether newest results are of a part of some task's documents."""
+    counts = [score.documents for item in latest(run.results) for score in item.scores]
+    return any(count is not None and count[0] < count[1] for count in counts)
+
+
+def _comparable(run: RunFolder, preset: Any) -> tuple[Results | None, set[str]]:
+    """The newest results that stand beside a preset's table, and which of its tasks they hold."""
+    whole = [results for results in run.results if results.preset == preset.name]
+    if whole:
+        return whole[-1], {column.task for column in preset.columns}
+    for results in reversed(run.results):
+        there = results.by_task
+        tasks = {
+            column.task
+            for column in preset.columns
+            if column.task in there and there[column.task].shots == column.fewshot
+        }
+        if tasks and results.preset not in preset_names():
+            return results, tasks
+    return None, set()
 
 
 def _name(run: RunFolder, results: Results, several: bool) -> str:
@@ -153,7 +189,8 @@ def _table(preset: Any, measured: Sequence[tuple]) -> PublishedTable:
             mean = sum(score[0] for score in scores) / len(scores) if whole else None
             cells.append(f"{mean:.2f}" if whole else numbers.NONE)
         rows.append(tuple(cells))
-    for row in sorted(preset.published, key=lambda row: -row.average):
+    tasks = [column.task for column in columns]
+    for row in sorted(preset.published, key=lambda row: -sum(row.scores[t] for t in tasks)):
         size = "" if row.size is None else f"{row.size:g}"
         cells = [row.model, size, *(f"{row.scores[column.task]:.2f}" for column in columns)]
         rows.append(tuple(cells + ([f"{row.average:.2f}"] if preset.average else [])))

@@ -35,7 +35,12 @@ from danube_jax.training.mesh import DATA_AXIS, make_mesh, put_batch
 from danube_jax.training.metrics import MetricsWriter, Throughput, memory_bytes
 from danube_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from danube_jax.training.pretraining import Pretraining
-from danube_jax.training.rounds import first_workdir, is_complete, split_rounds
+from danube_jax.training.rounds import (
+    first_workdir,
+    is_complete,
+    is_finished,
+    split_rounds,
+)
 from danube_jax.training.run_data import open_run_data
 from danube_jax.training.signals import StopRequest
 from danube_jax.training.step import (
@@ -107,7 +112,7 @@ def tune(run: RunConfig, workdir: Path, stop: StopRequest) -> int:
     for i, task in enumerate(tasks):
         if len(tasks) > 1:
             info(f"round {i + 1} of {len(tasks)}: {task.run.rounds[0].name}")
-        if i < len(tasks) - 1 and is_complete(task.workdir, task.schedule.total_steps):
+        if i < len(tasks) - 1 and is_finished(task.workdir, task.schedule.total_steps):
             info(f"complete, in {task.workdir}")
             continue
         status = run_task(task, stop)
@@ -267,21 +272,24 @@ class Trainer:
             info(f"resuming at step {self.step} of {self.last_step}")
         stop.defer()
         if self.step >= self.last_step:
-            self._evaluate_if_missing()
+            if not self._evaluate_if_missing(stop):
+                return EXIT_INTERRUPTED
             info("this run is complete; nothing was trained")
-            self._summarize(trained=False)
+            self._summarize()
             return 0
         self.events.begin(self.state, self.checkpointer.damaged, self.origin, self.data_changes)
+        interrupted = False
         if self._evaluation_due() or (self.step == 0 and self.config.evaluation.at_start):
-            self._evaluate_if_missing()
-        with self.display:
-            interrupted = self._train_steps(stop)
+            interrupted = not self._evaluate_if_missing(stop)
+        if not interrupted:
+            with self.display:
+                interrupted = self._train_steps(stop)
         self.checkpointer.wait()
         if interrupted:
             self.events.record(STOPPED, self.step)
             info(f"saved at step {self.step}; the same command continues from there")
             return EXIT_INTERRUPTED
-        self._summarize(trained=True)
+        self._summarize()
         return 0
 
     def _train_steps(self, stop: StopRequest) -> bool:
@@ -311,8 +319,10 @@ class Trainer:
                 self._save()
             if stopping and not last:
                 return True
-            if self._evaluation_due():
-                self._evaluate_if_missing()
+            if self._evaluation_due() and not self._evaluate_if_missing(stop):
+                if not save:
+                    self._save()
+                return True
             if pending is None:  # compiling, saving and evaluating are not the speed of training
                 self.throughput.reset()
         return False
@@ -431,10 +441,15 @@ class Trainer:
         on_schedule = every and self.step and self.step % every == 0
         return self.task.can_evaluate() and bool(on_schedule or self.step == self.last_step)
 
-    def _evaluate_if_missing(self) -> None:
-        """Evaluates and samples at this step, unless metrics.jsonl has it from before a stop."""
+    def _evaluate_if_missing(self, stop: StopRequest) -> bool:
+        """Evaluates and samples at this step, unless metrics.jsonl has it from before a stop.
+
+        False where benchmarks were stopped before they were done.
+        """
+        at_start = self.step == 0 and self.config.evaluation.at_start
         missing = (
             self.writer is not None
+            and (self._heldout_due() or at_start)
             and self.task.can_evaluate()
             and not any(row["step"] == self.step for row in self.writer.evaluations)
         )
@@ -443,10 +458,13 @@ class Trainer:
         if missing:
             self._evaluate()
             self._sample()
-        if self.benchmarks.due(self.step, self.last_step):
-            tokens = self.schedule.tokens_at_step(self.step)
-            params = self._whole_params() if self.config.lora.rank else self.state.params
-            self.benchmarks.run_if_missing(params, self.step, tokens, self.writer)
+        if not self.benchmarks.due(self.step, self.last_step):
+            return True
+        tokens = self.schedule.tokens_at_step(self.step)
+        params = self._whole_params() if self.config.lora.rank else self.state.params
+        return self.benchmarks.run_if_missing(
+            params, self.step, tokens, self.writer, lambda: stop.requested
+        )
 
     def _whole_params(self) -> Any:
         """Adapters merged into their base, on every device."""
@@ -499,10 +517,11 @@ class Trainer:
         self.display.log_samples(self.step, config.prompts, texts)
         self.writer.write_samples(self.step, texts)
 
-    def _summarize(self, *, trained: bool) -> None:
+    def _summarize(self) -> None:
+        """Tables of the end, and the event, unless it stands in metrics.jsonl already."""
         if self.writer is not None:
             baselines = self.task.baselines()
-            if trained:
+            if self.writer.finished != self.step:
                 self.events.record(FINISHED, self.step, unigram=baselines)
             self.task.summarize(self.writer.evaluations, baselines)
 

@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 
 from danube_jax import files
 from danube_jax.errors import UserError
-from danube_jax.training.events import HISTORY
+from danube_jax.training.events import FINISHED, HISTORY
 
 # Dense bfloat16 matmul peak in FLOP/s, NVIDIA data sheets; the first name that stands in the
 # device's own counts.
@@ -82,6 +82,7 @@ class MetricsWriter:
 
     Attributes:
       evaluations: the rows of that kind, those of earlier sessions of the run included.
+      finished: the step at which an earlier session recorded the end of the run, or None.
       lost_steps: steps that an earlier session logged and that are run again.
     """
 
@@ -98,6 +99,8 @@ class MetricsWriter:
         try:
             rows = self._keep(resume_step)
             self.evaluations = [row for row in rows if row["kind"] == "evaluation"]
+            ends = [row["step"] for row in rows if row.get("event") == FINISHED]
+            self.finished = max(ends, default=None)
             self._file = self._path.open("a")
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         except OSError as error:

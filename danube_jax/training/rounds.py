@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from danube_jax.config import RoundConfig, RunConfig
+from danube_jax.training.events import FINISHED
 from danube_jax.training.workdir import CHECKPOINTS, ROUNDS
 
 
@@ -35,6 +36,15 @@ def first_workdir(run: RunConfig, workdir: Path) -> Path:
 def is_complete(folder: Path, total_steps: int) -> bool:
     """Whether a round's folder holds its last checkpoint."""
     return (folder / CHECKPOINTS / str(total_steps)).is_dir()
+
+
+def is_finished(folder: Path, total_steps: int) -> bool:
+    """Whether an earlier session also ended the round: nothing that was due then is missing."""
+    metrics = folder / "metrics.jsonl"
+    if not is_complete(folder, total_steps) or not metrics.is_file():
+        return False
+    event = f'"event": "{FINISHED}"'
+    return any(event in line for line in metrics.read_text(encoding="utf-8").splitlines())
 
 
 def _one_round(run: RunConfig, row: RoundConfig) -> RunConfig:

@@ -64,6 +64,11 @@ def test_mistakes_are_one_line(model, tmp_path):
     bare = copy_without(model, tmp_path / "bare", "tokenizer.json", "tokenizer_config.json")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.yaml").write_text("task: broken\ndataset_path: no/such\n")
+    (tmp_path / "no_yaml").mkdir()
+    (tmp_path / "no_yaml" / "x.yaml").write_text("task: [")
+    (tmp_path / "odd").mkdir()
+    odd = {"goal": "do", "sol1": None, "sol2": [], "label": "x"}
+    (tmp_path / "odd" / "piqa_valid.jsonl").write_text(json.dumps(odd) + "\n")
     local = [f"--model={model}", f"--local_data={data}"]
     cases = {
         "--tasks is needed": [f"--model={model}"],
@@ -83,6 +88,18 @@ def test_mistakes_are_one_line(model, tmp_path):
             "--tasks=broken",
         ],
         "the preset 'danube' stands alone": [*local, "--tasks=danube,piqa"],
+        "'mt_bench' stands alone": [*local, "--tasks=piqa,mt_bench"],
+        f"{tmp_path / 'no_yaml' / 'x.yaml'} is no YAML": [
+            *local,
+            f"--include_path={tmp_path / 'no_yaml'}",
+            "--tasks=x",
+        ],
+        f"its rows in {tmp_path / 'odd'} are not what it expects": [
+            f"--model={model}",
+            f"--local_data={tmp_path / 'odd'}",
+            "--tasks=piqa",
+        ],
+        "the cache of answers cannot be used": [*local, "--tasks=piqa", "--output=/dev/null/x"],
         "--mt_bench: is needed": [f"--model={model}", "--tasks=mt_bench"],
         "lacks the questions of MT-Bench": [*local, "--tasks=mt_bench"],
         "--limit": [*local, "--tasks=piqa", "--limit=0"],
@@ -105,4 +122,5 @@ def test_mistakes_are_one_line(model, tmp_path):
         assert len(errors) == 1, shown
         assert shown.strip().splitlines()[-1] == errors[0]
         assert "Traceback" not in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "broken", "data"]
+    folders = ["bare", "broken", "data", "no_yaml", "odd"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == folders

@@ -4,11 +4,12 @@ Both compute in float32; log-likelihoods of a few dozen tokens differ by roundin
 """
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
 import pytest
-from evaluation_models import CONTEXT, write_model, write_tasks
+from evaluation_models import CONTEXT, WINDOW, WORDS, write_model, write_tasks
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
@@ -17,6 +18,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from danube_jax.evaluation.__main__ import main  # noqa: E402
 from danube_jax.evaluation.harness import DanubeLM  # noqa: E402
 from danube_jax.evaluation.loading import open_for_evaluation  # noqa: E402
 from danube_jax.evaluation.run import run_tasks  # noqa: E402
@@ -168,6 +170,46 @@ def test_prefixes_enter_once(pair):
     before = lm._scorer.computed_tokens
     lm.loglikelihood(wanted)
     assert lm._scorer.computed_tokens - before < sum(lengths) / 4
+
+
+def test_shared_prefixes_longer_than_the_window(pair):
+    # Continuations begin where the window (Mistral's) no longer reaches the prefix's beginning;
+    # some go on until it has left the prefix altogether.
+    lm, words = pair.ours, WORDS[:400]
+    prefixes = [" ".join(words[9 * i : 9 * i + 20 + 4 * i]) for i in range(3)]
+    rests = [" " + " ".join(words[200 + k : 201 + k + 4 * k]) for k in range(5)]
+    wanted = requests([(prefix, rest) for prefix in prefixes for rest in rests])
+    counts = [len(lm.tok_encode(prefix)) for prefix in prefixes]
+    assert min(counts) > WINDOW
+    assert max(len(lm.tok_encode(rest)) for rest in rests) > WINDOW
+    assert max(counts) + max(len(lm.tok_encode(rest)) for rest in rests) <= CONTEXT
+    lengths = [len(lm.tok_encode("".join(request.args))) - 1 for request in wanted]
+    before = lm.computed_tokens
+    ours = lm.loglikelihood(wanted)
+    assert lm.computed_tokens - before < 0.6 * sum(lengths)  # so that prefixes were shared
+    for (a, greedy), (b, their_greedy) in zip(
+        ours, pair.theirs.loglikelihood(wanted, disable_tqdm=True), strict=True
+    ):
+        assert a == pytest.approx(b, abs=TOLERANCE)
+        assert greedy == their_greedy
+
+
+def test_lm_evals_own_command_line(pair, tmp_path, monkeypatch, capsys):
+    if pair.ours.template:
+        pytest.skip("one model is enough")
+    folder = write_tasks(tmp_path / "yaml")
+    arguments = ["run", "--model", "danube_jax", "--tasks", "tiny_letters", "--limit", "6"]
+    arguments += ["--model_args", f"pretrained={pair.theirs.config._name_or_path},dtype=float32"]
+    arguments += ["--include_path", str(folder), "--output_path", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", ["lm-eval", *arguments])
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # outlives the test
+    main()
+    assert "|tiny_letters|" in capsys.readouterr().out
+    (path,) = tmp_path.glob("out_*.json")
+    score = json.loads(path.read_text())["results"]["tiny_letters"]["acc,none"]
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    theirs = evaluate(pair.theirs, manager, ["tiny_letters"], limit=6)
+    assert score == theirs["results"]["tiny_letters"]["acc,none"]
 
 
 class StopsAfter:

@@ -1,5 +1,6 @@
 """Benchmarks while training: scores as of the checkpoint, curves, and what a stop leaves undone."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -10,8 +11,9 @@ from helpers import read_rows
 pytest.importorskip("lm_eval")
 
 from danube_jax.config import parse_config
-from danube_jax.errors import UserError
+from danube_jax.errors import EXIT_INTERRUPTED, UserError
 from danube_jax.evaluation.harness import DanubeLM
+from danube_jax.evaluation.in_loop import Benchmarks
 from danube_jax.evaluation.run import run_tasks
 from danube_jax.evaluation.tasks import load_tasks, select
 from danube_jax.training.loop import train
@@ -41,10 +43,17 @@ def tiny_config(corpus, folder, **evals):
     return parse_config(config)
 
 
-def test_scores_are_those_of_the_checkpoint(corpus, tasks, tmp_path):
-    workdir = tmp_path / "run"
+@pytest.fixture(scope="module")
+def whole(corpus, tasks, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
     with StopRequest() as stop:
         assert train(tiny_config(corpus, tasks), workdir, stop) == 0
+    return workdir
+
+
+def test_scores_are_those_of_the_checkpoint(whole, tasks):
+    workdir = whole
     rows = read_rows(workdir, "benchmark")
     assert [row["step"] for row in rows] == [1, 2]
     row = rows[-1]
@@ -69,17 +78,41 @@ def test_scores_are_those_of_the_checkpoint(corpus, tasks, tmp_path):
     curve = board.Scalars("benchmark/tiny_choice/acc")
     assert [point.step for point in curve] == [1, 2]
 
-    # A stop before the last evaluation: a row is missing, and made up for.
-    before = (workdir / "metrics.jsonl").read_text()
-    kept = [
-        line for line in before.splitlines() if '"benchmark"' not in line or '"step": 1,' in line
-    ]
-    (workdir / "metrics.jsonl").write_text("\n".join(kept) + "\n")
-    with StopRequest() as stop:
-        assert train(tiny_config(corpus, tasks), workdir, stop) == 0
-    again = read_rows(workdir, "benchmark")
-    assert [row["step"] for row in again] == [1, 2]
-    assert again[-1] == row
+
+def test_what_a_stop_leaves_undone_runs_after_resume(corpus, tasks, whole, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    run = tiny_config(corpus, tasks)
+    run = dataclasses.replace(
+        run, checkpoint=dataclasses.replace(run.checkpoint, every_steps=1_000)
+    )
+
+    def session(stops_within=lambda rows: False):
+        """Trains; a signal arrives within benchmarks where `stops_within(their rows)` says so."""
+        with StopRequest() as stop, monkeypatch.context() as patch:
+            evaluate = Benchmarks._evaluate
+
+            def signal_then_evaluate(benchmarks, params, stopped):
+                stop.requested = stops_within(read_rows(workdir, "benchmark"))
+                return evaluate(benchmarks, params, stopped)
+
+            patch.setattr(Benchmarks, "_evaluate", signal_then_evaluate)
+            return train(run, workdir, stop)
+
+    def events():
+        return [row["event"] for row in read_rows(workdir, "event")]
+
+    expected = read_rows(whole, "benchmark")
+    assert session(stops_within=lambda rows: not rows) == EXIT_INTERRUPTED
+    assert read_rows(workdir, "benchmark") == []
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]  # saved for that
+    # Step 1 is made up for; the evaluation of the last step is stopped, too.
+    assert session(stops_within=bool) == EXIT_INTERRUPTED
+    assert read_rows(workdir, "benchmark") == expected[:1]
+    assert "finished" not in events()
+    # The run is complete but for that.
+    assert session() == 0
+    assert read_rows(workdir, "benchmark") == expected
+    assert events().count("finished") == 1
 
 
 def test_tasks_that_cannot_run_stop_before_training(corpus, tasks, tmp_path):

@@ -14,6 +14,7 @@ from test_command_line import assert_one_line
 from danube_jax.errors import UserError
 from danube_jax.evaluation.mt_bench import (
     Grade,
+    Journal,
     judge_messages,
     read_mt_bench,
     summarize,
@@ -159,6 +160,14 @@ def test_from_the_command_line(chat_model, tmp_path):
         "--judge_workers=2",
     )
 
+    # A judge that talks but never grades: an error, no score, and the answers stay.
+    with ScriptedJudge(lambda number, body: completion("hm")).running() as server:
+        done = evaluate(*base, f"--judge_url={server.url}")
+    assert_one_line(done, "no answer could be graded: the judge gave no score from 1 to 10")
+    assert "tokens/s" in done.stderr
+    assert not (output / "mt_bench.json").exists()
+    answers = (output / "mt_bench_answers.jsonl").read_text()
+
     def moody(number, body):
         text = body["messages"][-1]["content"]
         if text.startswith("do coding") and "again" not in text:
@@ -179,7 +188,8 @@ def test_from_the_command_line(chat_model, tmp_path):
     assert "Danube-Chat" in done.stdout
     assert (output / "mt_bench.svg").is_file()
     assert "1 could not be graded" in (output / "mt_bench.md").read_text()
-    answers = (output / "mt_bench_answers.jsonl").read_text()
+    assert "6.23 / 5.34" in done.stdout  # Danube2-Chat's
+    assert (output / "mt_bench_answers.jsonl").read_text() == answers
 
     # The same command again: nothing is answered anew, and only the missing score is asked for
     # (after the one request that asks whether the judge is there).
@@ -191,11 +201,30 @@ def test_from_the_command_line(chat_model, tmp_path):
     assert json.loads((output / "mt_bench.json").read_text())["ungraded"] == []
 
 
+def test_journals_keep_what_belongs_to_other_models_and_judges(tmp_path):
+    path = tmp_path / "folder" / "journal.jsonl"
+    Journal(path, {"judge": "a"}).add({"question": 1})
+    other = Journal(path, {"judge": "b"})
+    assert other.rows == []
+    other.add({"question": 2})
+    with path.open("a") as file:
+        file.write('{"key": "cut o')
+    again = Journal(path, {"judge": "a"})
+    assert [row["question"] for row in again.rows] == [1]
+    assert [json.loads(line)["question"] for line in path.read_text().splitlines()] == [1, 2]
+
+
 def test_refused_from_the_command_line(chat_model, tmp_path):
     bench = write_files(tmp_path / "bench")
     base = ("--tasks=mt_bench", f"--mt_bench={bench}", f"--output={tmp_path / 'out'}")
     there = (f"--model={chat_model}", "--judge_url=http://127.0.0.1:9/v1", "--judge_model=judge")
     assert_one_line(evaluate(*base, *there, "--judge_attempts=1"), "cannot be reached")
+    assert not (tmp_path / "out").exists()
+    with ScriptedJudge(lambda number, body: (200, b"<html>hello</html>")).running() as server:
+        nonsense = evaluate(
+            *base, there[0], f"--judge_url={server.url}", there[2], "--judge_attempts=1"
+        )
+    assert_one_line(nonsense, "answers what is no chat completion: '<html>hello</html>'")
     assert not (tmp_path / "out").exists()
     base_model = write_model(tmp_path / "base", "llama")
     assert_one_line(evaluate(*base, f"--model={base_model}", *there[1:]), "so it is a base model")

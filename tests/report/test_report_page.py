@@ -225,7 +225,16 @@ def test_samples_of_other_prompts_are_shown_whole(tmp_path):
     texts = {10: ("one", "two", "three"), 20: ("The function\n\n x", "If the value y")}
     shown = page_of(make_run(tmp_path / "run", samples=texts))
     assert "one\n\n---\n\ntwo\n\n---\n\nthree" in shown.text
-    assert "The function\n\n x" in shown.text
+    assert "The function\n x" in shown.text  # without the blank line
+
+
+def test_blank_lines_of_samples_are_left_out(tmp_path):
+    config = run_config()
+    prompt = config["samples"]["prompts"][0]
+    texts = [f"{one} a" for one in config["samples"]["prompts"]]
+    texts[0] = f"{prompt} one\n\n \n\ntwo\nthree"
+    shown = page_of(make_run(tmp_path / "run", config=config, samples={5: tuple(texts)}))
+    assert "one\ntwo\nthree" in shown.text
 
 
 def test_many_samples_and_events_are_shortened_and_said(tmp_path):

@@ -87,6 +87,26 @@ def test_damaged_files_are_named(tmp_path, content):
     Page(render(run))
 
 
+def test_tasks_run_by_name_stand_beside_the_published_models(tmp_path):
+    pytest.importorskip("lm_eval")
+    workdir = make_run(tmp_path / "run")
+    content = results(piqa=("acc_norm,none", 0.6, 0.1), arc_easy=("acc_norm,none", 0.5, 0.1))
+    content["n-shot"] = {"piqa": 0, "arc_easy": 5}  # five examples: no column of any table
+    write(workdir, "results_60_arc_easy_piqa.json", content)
+    run = collect(workdir)
+    ((strip, table),) = standing.published_parts([run])
+    assert table.head == ("model", "B", "PIQA")
+    assert table.rows[0][2] == "60.00"
+    assert table.rows[1] == ("Danube", "1.8", "76.93")  # the best of that column
+    assert [row.label for row in strip.rows] == ["PIQA"]
+    assert "only the first documents" in render(run)
+    # The preset itself goes first, with all of its columns.
+    write(workdir, "results_30_danube.json", results(piqa=("acc_norm,none", 0.7, 0.1)))
+    ((_, table),) = standing.published_parts([collect(workdir)])
+    assert len(table.head) == 2 + 8
+    assert table.rows[0][table.head.index("PIQA")] == "70.00"
+
+
 def test_ours_stands_beside_the_published_models(tmp_path, monkeypatch):
     column = types.SimpleNamespace(task="arc", label="ARC", metric="acc,none", fewshot=25)
     rows = [
