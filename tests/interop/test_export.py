@@ -68,6 +68,8 @@ def test_every_file_and_field_that_others_read(exported, trained):
     assert (folder / "chat_template.jinja").read_text() == TEMPLATES["danube2"]
     assert tokenizer_config["add_bos_token"] is True
     assert tokenizer_config["model_max_length"] == 64
+    assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer_config["model_input_names"] == ["input_ids", "attention_mask"]
     assert (folder / "tokenizer.model").read_bytes() == trained.tokenizer.read_bytes()
     assert (folder / "tokenizer.json").is_file()
     assert (folder / "special_tokens_map.json").is_file()
