@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         write=write,
         note=info,
     )
-    generator.append(model.generator(sampling_flags.dtype()))
+    generator.append(model.generator(sampling_flags.dtype(), sampling_flags.cache_dtype()))
     interactive = sys.stdin.isatty()
     if interactive:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was ignored

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         for request in requests
     ]
     with quiet_broken_pipe(), _open_output(_OUTPUT.value) as file:
-        generator = model.generator(sampling_flags.dtype())
+        generator = model.generator(sampling_flags.dtype(), sampling_flags.cache_dtype())
         started = time.monotonic()
         if _streams():
             tokens = _show_stream(generator, prompts[0], sampling)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from helpers import ROOT, command
 from test_command_line import assert_one_line
@@ -17,6 +18,8 @@ from tiny_folder import copy_without, write_tiny_folder
 
 from danube_jax.data import chat
 from danube_jax.data.tokenizer import open_tokenizer
+from danube_jax.inference.loading import open_text_model
+from danube_jax.inference.sampling import SamplingConfig
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,7 @@ REFUSED = {
     "no number": (["--prompt=a", "--top_k=many"], "top_k"),
     "unknown template": (["--prompt=a", "--chat_template=danube9"], "expected one of danube, "),
     "top_p": (["--prompt=a", "--top_p=1.5"], "top_p"),
+    "unknown dtype": (["--prompt=a", "--cache_dtype=int8"], "cache_dtype"),
     "temperature": (["--prompt=a", "--temperature=-1"], "temperature"),
     "logprobs": (["--prompt=a", "--logprobs=-1"], "logprobs"),
     "longer than the context": (["--prompt=" + "a b " * 200], "the model's context of 96"),
@@ -79,6 +83,13 @@ REFUSED = {
 def test_generate_refuses(name, folder):
     arguments, fragment = REFUSED[name]
     assert_one_line(generate(f"--model={folder}", *arguments), fragment)
+
+
+def test_a_cache_of_another_dtype_than_the_weights(folder):
+    generator = open_text_model(str(folder)).generator("float32", "bfloat16")
+    list(generator.stream([1, 300, 301], SamplingConfig(max_tokens=2)))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(generator._kept.cache)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(generator.params)} == {"float32"}
 
 
 def test_models_that_cannot_generate_text(folder, tmp_path):
@@ -230,5 +241,5 @@ def test_help_shows_an_example_and_the_flags(module):
     done = command("--help", module=module)
     assert done.returncode == 0
     assert f"python -m {module} --model=" in done.stdout
-    for flag in ("--model", "--temperature", "--chat_template", "--dtype"):
+    for flag in ("--model", "--temperature", "--chat_template", "--dtype", "--cache_dtype"):
         assert flag in done.stdout

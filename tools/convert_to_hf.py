@@ -35,7 +35,11 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
     "",
     "danube, danube2, danube3, a Jinja file, or none; default: what the checkpoint has.",
 )
-_LICENSE = flags.DEFINE_string("license", "apache-2.0", "For the model card.")
+_LICENSE = flags.DEFINE_string(
+    "license",
+    "",
+    "For the model card; default: apache-2.0, or other for what descends from an imported model.",
+)
 _VERIFY = flags.DEFINE_bool("verify", True, "Load what was written and compare (needs torch).")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what the output folder holds.")
 

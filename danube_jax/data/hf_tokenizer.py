@@ -1,8 +1,15 @@
-"""Tokenizers in Hugging Face's files, read by transformers without network and without PyTorch."""
+"""Tokenizers in Hugging Face's files, read by transformers without network and without PyTorch.
+
+A `tokenizer.json` is taken as it stands: that is what transformers 4 and the tokenizers library
+make of it. transformers 5 builds some classes anew instead, depending on the `model_type` of the
+model beside it (a Llama's loses the space in front of a text that begins with one). What is saved
+or exported therefore names the generic class, which every version takes as it stands.
+"""
 
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -45,11 +52,13 @@ GENERIC_CLASSES = (GENERIC_CLASS, "TokenizersBackend")
 # Keys of tokenizer_config.json that do not bear on text → ids.
 _OTHER_KEYS = {
     *("chat_template", "model_max_length", "padding_side", "name_or_path", "tokenizer_class"),
+    *("model_input_names", "add_bos_token"),
     *("backend", "is_local", "local_files_only", "transformers_version", "tokenizer_file"),
     *("extra_special_tokens", "additional_special_tokens", ORIGIN),  # tokenizer.json has them
 }
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 _TRIAL = "Tokens, 12 of them:\n\té 漢 🙂"
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -115,13 +124,15 @@ class HuggingFaceTokenizer(Tokenizer):
         if template is None and self._folder is not None:
             self.chat_template = read_chat_template(self._folder, config)
         self.adds_bos = self.bos_id is not None and self.encode_prompt("a")[:1] == [self.bos_id]
-        self.fingerprint = self._fingerprint(config)
+        self.fingerprint = self._fingerprint()
 
-    def _fingerprint(self, config: dict) -> str:
+    def _fingerprint(self) -> str:
         """SHA-256 over what bears on text → ids; chat template and context length do not."""
+        contents = self.files()
+        config = json.loads(contents.get(CONFIG_FILE, b"{}"))
         sums = {
             name: hashlib.sha256(data).hexdigest()
-            for name, data in self.files().items()
+            for name, data in contents.items()
             if name in DEFINING_FILES and name != SPECIAL_TOKENS_MAP
         }
         essential = {
@@ -129,12 +140,10 @@ class HuggingFaceTokenizer(Tokenizer):
             for key, value in config.items()
             if key not in _OTHER_KEYS and not key.endswith("_token")
         }
-        kind = config.get("tokenizer_class", GENERIC_CLASS)
-        kind = GENERIC_CLASS if kind in GENERIC_CLASSES else kind
         return file_tools.sha256_json(
             {
                 "files": sums,
-                "config": essential | {"tokenizer_class": kind},
+                "config": essential | {"tokenizer_class": GENERIC_CLASS},
                 "frame": [self.bos_id, self.eos_id, self.adds_bos],
                 "special": sorted(self.special_ids),
             }
@@ -266,6 +275,10 @@ class HuggingFaceTokenizer(Tokenizer):
             names = (*DEFINING_FILES, CONFIG_FILE)
             found = [self._folder / name for name in names]
             out = {path.name: path.read_bytes() for path in found if path.is_file()}
+        if TOKENIZER_JSON not in out:
+            out[TOKENIZER_JSON] = self._markup.to_str(pretty=True).encode()
+        if CONFIG_FILE in out or self.special_tokens:
+            out[CONFIG_FILE] = self._generic_config(out.get(CONFIG_FILE, b"{}"))
         if self.chat_template is not None:
             out[CHAT_TEMPLATE_FILE] = self.chat_template.encode()
         elif CONFIG_FILE in out:
@@ -273,6 +286,17 @@ class HuggingFaceTokenizer(Tokenizer):
             if config.pop("chat_template", None) is not None:
                 out[CONFIG_FILE] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         return out
+
+    def _generic_config(self, stored: bytes) -> bytes:
+        """tokenizer_config.json with the generic class, and the special tokens of its own class."""
+        config = json.loads(stored)
+        if config.get("tokenizer_class") in GENERIC_CLASSES:
+            return stored
+        config["tokenizer_class"] = GENERIC_CLASS
+        for name in _SPECIAL_NAMES:
+            if name in self.special_tokens and config.get(name) is None:
+                config[name] = self.special_tokens[name]
+        return json.dumps(config, indent=2, ensure_ascii=False).encode()
 
 
 def is_made_of_sentencepiece(folder: Path) -> bool:
@@ -306,10 +330,11 @@ def _load(path: Path, folder: Path | None, config: dict) -> Any:
                 f"{folder}: the tokenizer needs Python code of its own (auto_map), which is not "
                 "run; expected a plain tokenizer.json"
             )
-        if config.get("tokenizer_class") in GENERIC_CLASSES:
-            # What AutoTokenizer takes for these, without the import of PyTorch.
+        if (folder / TOKENIZER_JSON).is_file():
             return _tried(
-                PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+                PreTrainedTokenizerFast.from_pretrained(
+                    str(folder), local_files_only=True, **_class_defaults(folder, config)
+                )
             )
         from transformers import AutoTokenizer
 
@@ -335,6 +360,25 @@ def _tried(loaded: Any) -> Any:
     if len(set(vocabulary.values())) != len(vocabulary):
         raise ValueError("two pieces of the vocabulary have one id")
     return loaded
+
+
+def _class_defaults(folder: Path, config: dict) -> dict[str, str]:
+    """Special tokens that the folder leaves to its tokenizer's class, such as Llama's `</s>`."""
+    import transformers
+
+    kind = config.get("tokenizer_class")
+    if kind is None or kind in GENERIC_CLASSES:
+        return {}
+    path = folder / SPECIAL_TOKENS_MAP
+    stated = {**(json.loads(path.read_bytes()) if path.is_file() else {}), **config}
+    kind = getattr(transformers, kind, None) or getattr(transformers, f"{kind}Fast", None)
+    parameters = inspect.signature(kind.__init__).parameters if inspect.isclass(kind) else {}
+    defaults = {name: parameters[name].default for name in _SPECIAL_NAMES if name in parameters}
+    missing = {name: t for name, t in defaults.items() if isinstance(t, str) and name not in stated}
+    if missing:  # a token that the vocabulary lacks would be added to it
+        vocabulary = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+        missing = {n: t for n, t in missing.items() if vocabulary.token_to_id(t) is not None}
+    return missing
 
 
 def _types(node: Any) -> list[str]:

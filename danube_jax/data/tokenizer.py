@@ -42,7 +42,8 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
       path: a SentencePiece `.model` file; a `tokenizer.json` (with the `tokenizer_config.json`
         beside it, which names BOS and EOS); or a folder. In a folder, `tokenizer.model` is read by
         SentencePiece where it stands alone or where our own export wrote the `tokenizer.json`
-        beside it; all else is what transformers' `AutoTokenizer` makes of the folder.
+        beside it. Otherwise a `tokenizer.json` is taken as it stands, and all else is what
+        transformers' `AutoTokenizer` makes of the folder.
 
     Raises:
       UserError: nothing there, or no tokenizer.

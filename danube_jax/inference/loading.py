@@ -25,8 +25,13 @@ class TextModel:
         """Tokens that the model takes, prompt and answer together."""
         return self.source.config.max_position_embeddings
 
-    def generator(self, dtype: str) -> Generator:
-        """Loads the weights; `dtype` is one of `sampling_flags.DTYPES`."""
+    def generator(self, dtype: str, cache_dtype: str = "auto") -> Generator:
+        """Loads the weights.
+
+        Args:
+          dtype: of weights and activations; 'auto' is float32 on a CPU, else bfloat16.
+          cache_dtype: of cached keys and values; 'auto' is that of the weights.
+        """
         import jax
         import jax.numpy as jnp
 
@@ -34,7 +39,13 @@ class TextModel:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         kind = jnp.dtype(dtype)
         params = self.source.load_params(kind)
-        return Generator(self.source.config, params, tokenizer=self.tokenizer, dtype=kind)
+        return Generator(
+            self.source.config,
+            params,
+            tokenizer=self.tokenizer,
+            dtype=kind,
+            cache_dtype=None if cache_dtype == "auto" else jnp.dtype(cache_dtype),
+        )
 
 
 def open_text_model(path: str, chat_template: str | None = None) -> TextModel:

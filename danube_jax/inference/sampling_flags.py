@@ -43,14 +43,18 @@ def define_flags(defaults: Mapping[str, float]) -> None:
             flags.DEFINE_integer(name, None, text)
         else:
             flags.DEFINE_float(name, None, text)
-    flags.DEFINE_enum(
-        "dtype", "auto", DTYPES, "Of weights and cache; auto: float32 on a CPU, else bfloat16."
-    )
+    flags.DEFINE_enum("dtype", "auto", DTYPES, "Of weights; auto: float32 on a CPU, else bfloat16.")
+    flags.DEFINE_enum("cache_dtype", "auto", DTYPES, "Of cached keys and values; auto: as dtype.")
 
 
 def dtype() -> str:
     """One of `DTYPES`, from the command line."""
     return flags.FLAGS["dtype"].value
+
+
+def cache_dtype() -> str:
+    """One of `DTYPES`, from the command line."""
+    return flags.FLAGS["cache_dtype"].value
 
 
 def given_settings() -> dict[str, float]:

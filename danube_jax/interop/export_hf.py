@@ -36,7 +36,8 @@ class ExportOptions:
       dtype: 'bfloat16', 'float16', 'float32', or 'stored' for the checkpoint's own.
       shard_bytes: largest size of a weight file; a single tensor may exceed it.
       chat_template: 'danube', 'danube2', 'danube3', a Jinja file, 'none'; '' keeps the tokenizer's.
-      license: for the model card, as the Hub spells it.
+      license: for the model card, as the Hub spells it; '' means apache-2.0 for what was trained
+        from random weights, and 'other' for what descends from an imported model.
       lora: for a LoRA checkpoint, 'merge' or 'adapter'.
       base_name: what an exported adapter calls its base; '' means the base's folder.
       verify: load what was written with transformers and compare.
@@ -46,7 +47,7 @@ class ExportOptions:
     dtype: str = "bfloat16"
     shard_bytes: int = 5 * 10**9
     chat_template: str = ""
-    license: str = "apache-2.0"
+    license: str = ""
     lora: str = "merge"
     base_name: str = ""
     verify: bool = True
@@ -180,11 +181,12 @@ def _export_adapter(
     assert source.base is not None
     adapters, step = source.adapters()
     dtype = np.dtype(np.float32) if options.dtype == STORED else DTYPES[options.dtype]
-    base = options.base_name or str(source.base.path.resolve())
-    if source.base.kind == "workdir" and not options.base_name:
+    base = options.base_name or str(source.base.checkpoint_folder())
+    if not options.base_name and source.base.kind == "workdir":
         warn(
-            f"the adapter's base is a run ({source.base.path}), which PEFT cannot load: export it "
-            "too, and name its folder with --base_name"
+            f"the adapter's base, {base}, is a checkpoint, which PEFT cannot load; export it too "
+            f"(tools/convert_to_hf.py --model={base} --output=DIR) and name that folder with "
+            "--base_name=DIR"
         )
     write_adapter(folder, source, adapters, base=base, dtype=dtype)
     if tokenizer is not None:
@@ -199,7 +201,7 @@ def _export_adapter(
                 info("writing the base for the check")
                 plain = ExportOptions(dtype=STORED, verify=False)
                 _export_whole(source.base, base_folder, None, plain)
-            comparison = verify_adapter(folder, base_folder, fixed, options.dtype)
+            comparison = verify_adapter(folder, base_folder, fixed, tokenizer, options.dtype)
     card = model_card(source, step, tokenizer, license=options.license, dtype=str(dtype), base=base)
     files.write_bytes(folder / "README.md", card.encode())
     names = tuple(path.name for path in folder.glob("*.safetensors"))

@@ -9,7 +9,6 @@ from typing import Any
 from danube_jax import files
 from danube_jax.data.hf_tokenizer import (
     GENERIC_CLASS,
-    GENERIC_CLASSES,
     ORIGIN,
     SPECIAL_TOKENS_MAP,
     TOKENIZER_JSON,
@@ -23,6 +22,9 @@ from danube_jax.data.sentencepiece_tokenizer import (
 from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer
 from danube_jax.errors import UserError
 from danube_jax.interop.fast_tokenizer import to_fast_tokenizer
+
+# Of version 4's generic class, token_type_ids are an output too, which the models refuse.
+MODEL_INPUTS = ["input_ids", "attention_mask"]
 
 
 def export_tokenizer(
@@ -90,6 +92,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer, max_length: int) -> d
         },
         **tokenizer.special_tokens,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": MODEL_INPUTS,
         "model_max_length": max_length,
         "padding_side": "left",
         "tokenizer_class": GENERIC_CLASS,
@@ -109,8 +112,10 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer, max_length: int) -> d
 def _from_hugging_face(tokenizer: HuggingFaceTokenizer) -> dict[str, bytes]:
     contents = tokenizer.files()
     config = json.loads(contents.get(CONFIG_FILE, b"{}"))
-    if config.get("tokenizer_class", GENERIC_CLASS) in GENERIC_CLASSES:
-        config["tokenizer_class"] = GENERIC_CLASS
+    config["tokenizer_class"] = GENERIC_CLASS
+    config.setdefault("model_input_names", MODEL_INPUTS)
+    if tokenizer.bos_id is not None:  # llama.cpp goes by it, transformers 5 by tokenizer.json
+        config["add_bos_token"] = tokenizer.adds_bos
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     contents[CONFIG_FILE] = _json(config)

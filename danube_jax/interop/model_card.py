@@ -1,16 +1,19 @@
 """The README.md of an exported folder: what the model is, how it was made, how it is used."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from danube_jax.data.tokenizer import Tokenizer
+from danube_jax.errors import UserError
 from danube_jax.interop import hf_config
 from danube_jax.interop.hf_weights import layout
-from danube_jax.interop.model_source import ModelSource
+from danube_jax.interop.model_source import ModelSource, open_model
 
 METRICS = "metrics.jsonl"
+_MAX_ANCESTORS = 16
 
 
 def model_card(
@@ -28,26 +31,21 @@ def model_card(
       source: the model.
       step: the checkpoint that was exported.
       tokenizer: what is exported beside it, or None.
-      license: as the Hub spells it.
+      license: as the Hub spells it; '' means apache-2.0, or 'other' for weights that were imported.
       dtype: of the exported tensors.
       base: for an adapter, what it calls its base.
     """
     run = source.saved.get("config", {}) if source.kind == "workdir" else {}
     name = run.get("name") or source.path.resolve().name
+    chain = lineage(source, step)
+    license = license or ("other" if is_published(chain) else "apache-2.0")
     parts = [
         _front_matter(license, base, chat=tokenizer is not None and bool(tokenizer.chat_template)),
         f"# {name}\n",
         _introduction(source, base),
         _architecture(source, dtype),
+        _history(chain),
     ]
-    meta = source.meta(step) if step is not None else {}
-    if run.get("rounds"):
-        parts.append(_tuning(run, meta))
-    elif run.get("phases"):
-        parts += [_training(run, meta), _phases(run)]
-    elif source.kind == "workdir" and meta.get("imported_from"):
-        where = Path(str(meta["imported_from"])).name
-        parts.append(f"## Origin\n\nImported from the folder `{where}`; not trained further.\n")
     parts += [_heldout(source.path, step), _tokenizer(tokenizer), _use(tokenizer, base)]
     return "\n".join(part for part in parts if part)
 
@@ -106,6 +104,70 @@ def _architecture(source: ModelSource, dtype: str) -> str:
     return "## Model\n\n" + _table(("", ""), rows)
 
 
+def lineage(source: ModelSource, step: int | None) -> list[tuple[ModelSource, int | None]]:
+    """The models that led to a checkpoint, the first one first, as far as their folders are here.
+
+    Args:
+      source: the model.
+      step: its checkpoint.
+    """
+    chain = [(source, step)]
+    while len(chain) < _MAX_ANCESTORS and (parent := _parent(*chain[0])) is not None:
+        chain.insert(0, parent)
+    return chain
+
+
+def _parent(source: ModelSource, step: int | None) -> tuple[ModelSource, int | None] | None:
+    if source.base is not None:
+        return source.base, source.base.step
+    origin = source.meta(step).get("init_from") if step is not None else None
+    if not origin:
+        return None
+    for wanted in (origin["step"], None):  # the checkpoint itself may be gone, the run not
+        with contextlib.suppress(UserError):
+            return open_model(origin["path"], wanted), origin["step"]
+    return None
+
+
+def _history(chain: Sequence[tuple[ModelSource, int | None]]) -> str:
+    """How the model was trained: a section, with a part for each run where there were several."""
+    parts = [part for source, step in chain if (part := _run_part(source, step))]
+    if not parts:
+        return ""
+    if len(parts) == 1:
+        (_, text) = parts[0]
+        return f"## {'Origin' if is_published(chain) else 'Training'}\n\n{text}"
+    numbered = [f"### {i}. {title}\n\n{text}" for i, (title, text) in enumerate(parts, 1)]
+    return "## Training\n\n" + "\n".join(numbered)
+
+
+def is_published(chain: Sequence[tuple[ModelSource, int | None]]) -> bool:
+    """Whether the first model of a chain was not trained here, but imported."""
+    source, step = chain[0]
+    return source.kind == "huggingface" or (
+        step is not None and bool(source.meta(step).get("imported_from"))
+    )
+
+
+def _run_part(source: ModelSource, step: int | None) -> tuple[str, str] | None:
+    """(title, text) of one model of the chain; None where nothing is known of it."""
+    run = source.saved.get("config", {}) if source.kind == "workdir" else {}
+    meta = source.meta(step) if step is not None else {}
+    name = run.get("name") or source.path.resolve().name
+    if run.get("rounds"):
+        return f"{name}: {_objective(run)}, {run['rounds'][0]['name']}", _tuning(run, meta)
+    if run.get("phases"):
+        return f"{name}: pretraining", f"{_training(run, meta)}\n{_phases(run)}"
+    if not is_published([(source, step)]):
+        return None
+    origin = Path(str(meta.get("imported_from", source.path)))
+    return f"{name}: published weights", f"Imported from the folder `{origin.resolve().name}`.\n"
+
+
+def _objective(run: Mapping[str, Any]) -> str:
+    return "supervised fine-tuning" if run["objective"] == "sft" else "DPO"
+
+
 def _training(run: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     optimizer, training = run.get("optimizer", {}), run.get("training", {})
     precision = run.get("precision", {})
@@ -133,13 +195,12 @@ def _training(run: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
         ),
         ("precision", f"linear layers {precision.get('linear')}, else {precision.get('compute')}"),
     ]
-    return "## Training\n\n" + _table(("", ""), rows)
+    return _table(("", ""), rows)
 
 
 def _tuning(run: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     row, chat, lora = run["rounds"][0], run["chat"], run["lora"]
     optimizer, dpo = run["optimizer"], run["dpo"]
-    kind = "supervised fine-tuning" if run["objective"] == "sft" else "DPO"
     method = "all weights"
     if lora["rank"]:
         method = (
@@ -148,12 +209,13 @@ def _tuning(run: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
             f"{', '.join(lora['targets'])}"
         )
     rows = [
-        ("objective", kind),
+        ("objective", _objective(run)),
         ("began with", Path(run["init_from"]["path"]).name or "random weights"),
         ("data", ", ".join(row["sources"])),
         ("trained", method),
         ("epochs", f"{row['epochs']:g}"),
         ("steps", f"{meta.get('step', 0):,}"),
+        ("tokens seen, with padding", f"{meta.get('tokens', 0):,}"),
         ("rows a step, tokens a row", f"{row['batch_size']:,}, {row['context_length']:,}"),
         ("learning rate", f"{optimizer['learning_rate']:g}, cosine"),
         ("loss on", "answers" if chat["mask_prompt"] else "all tokens"),
@@ -163,7 +225,7 @@ def _tuning(run: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
             f", label smoothing {dpo['label_smoothing']:g}" if dpo["label_smoothing"] else ""
         )
         rows.append(("preference loss", f"{dpo['loss']}, beta {dpo['beta']:g}{smoothing}"))
-    return "## Training\n\n" + _table(("", ""), rows)
+    return _table(("", ""), rows)
 
 
 def _phases(run: Mapping[str, Any]) -> str:
@@ -174,7 +236,7 @@ def _phases(run: Mapping[str, Any]) -> str:
         rows.append(
             (phase["name"], f"{phase['tokens']:,}", f"{phase['context_length']:,}", mixture)
         )
-    return "### Phases\n\n" + _table(("phase", "tokens", "context", "mixture"), rows)
+    return "Phases:\n\n" + _table(("phase", "tokens", "context", "mixture"), rows)
 
 
 def _heldout(workdir: Path, step: int | None) -> str:

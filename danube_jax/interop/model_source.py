@@ -160,6 +160,11 @@ class ModelSource:
         except DamagedCheckpoint:
             return {}
 
+    def checkpoint_folder(self) -> Path:
+        """The folder of the newest or the chosen checkpoint, or the Hugging Face folder."""
+        path = self.path.resolve()
+        return path if self.step is None else path / CHECKPOINTS / str(self.step)
+
     def _step_folder(self, step: int) -> Path:
         return self.path / CHECKPOINTS / str(step)
 

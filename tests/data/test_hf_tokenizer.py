@@ -187,6 +187,87 @@ def test_saved_and_opened_again(folder, model, tmp_path):
         assert open_tokenizer(tmp_path / "none" / source.name).chat_template is None
 
 
+def published_folder(model, folder, config):
+    """A folder as Llama's and Danube's were published: both files, a class of its own."""
+    export_tokenizer(SentencePieceTokenizer(model), folder, chat_template=None, model_max_length=64)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "mistral"])
+def test_published_llama_folders_keep_the_ids_of_sentencepiece(model, tmp_path, model_type):
+    """transformers 5 makes other ids of such a folder where a Llama is beside it, or no model."""
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    folder = published_folder(model, tmp_path / "published", config | names)
+    if model_type is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    reference = SentencePieceTokenizer(model)
+    opened = open_tokenizer(folder)
+    assert isinstance(opened, HuggingFaceTokenizer)
+    opened.save(tmp_path / "saved")
+    export_tokenizer(opened, tmp_path / "exported", chat_template=None, model_max_length=64)
+    for name in ("saved", "exported"):
+        again = open_tokenizer(tmp_path / name)
+        assert again.fingerprint == opened.fingerprint
+        # Whatever stands beside it.
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+        for text in [*TEXTS, " one", "  two", " "]:
+            expected = reference.encode_prompt(text)
+            assert opened.encode_prompt(text) == expected
+            assert again.encode_prompt(text) == expected
+            assert theirs(text)["input_ids"] == expected
+    stored = (folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "exported" / "tokenizer.json").read_bytes() == stored
+
+
+def test_special_tokens_that_a_folder_leaves_to_its_class(model, tmp_path):
+    folder = published_folder(model, tmp_path / "bare", {"tokenizer_class": "LlamaTokenizerFast"})
+    (folder / "special_tokens_map.json").unlink()
+    opened = open_tokenizer(folder)
+    assert (opened.bos_id, opened.eos_id) == (1, 2)
+    opened.save(tmp_path / "saved")
+    again = open_tokenizer(tmp_path / "saved")
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (1, 2, 600)
+    assert again.fingerprint == opened.fingerprint
+    # A class whose tokens the vocabulary lacks adds none to it.
+    byte_level = byte_level_folder(tmp_path / "bytes", {"tokenizer_class": "LlamaTokenizerFast"})
+    assert open_tokenizer(byte_level).vocab_size == 600
+    assert open_tokenizer(byte_level).bos_id is None
+
+
+def test_tokenizer_json_decides_on_bos(model, tmp_path):
+    """As in transformers 5; what is exported says the same everywhere."""
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "bos_token": "<s>"}
+    folder = published_folder(model, tmp_path / "published", config)
+    opened = open_tokenizer(folder)
+    assert opened.adds_bos
+    assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][0] == 1
+    export_tokenizer(opened, tmp_path / "exported", chat_template=None, model_max_length=64)
+    written = json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())
+    assert written["add_bos_token"] is True
+    assert open_tokenizer(tmp_path / "exported").fingerprint == opened.fingerprint
+
+
+def test_vocabulary_and_merges_become_a_tokenizer_json(tmp_path):
+    source = byte_level_folder(tmp_path / "source")
+    model = json.loads((source / "tokenizer.json").read_text())["model"]
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    opened = open_tokenizer(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    opened.save(tmp_path / "saved")
+    again = open_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == opened.fingerprint
+    assert again.eos_id == opened.eos_id == theirs.eos_token_id == 0
+    for text in TEXTS:
+        assert opened.encode_prompt(text) == theirs(text)["input_ids"] == again.encode_prompt(text)
+
+
 def test_folder_of_a_sentencepiece_model_alone(model, tmp_path):
     shutil.copy(model, tmp_path / "tokenizer.model")
     tokenizer = open_tokenizer(tmp_path)

@@ -23,7 +23,7 @@ class Run:
 
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory) -> Run:
-    """A tiny windowed model with more rows than its tokenizer has ids, trained for four steps."""
+    """A tiny windowed model with more rows than its tokenizer has ids: four steps in FP8."""
     from danube_jax.config import parse_config
     from danube_jax.training.loop import train
     from danube_jax.training.signals import StopRequest
@@ -35,6 +35,7 @@ def trained(corpus, tmp_path_factory) -> Run:
     config.model.vocab_size = 416
     config.model.sliding_window = 8
     config.model.rope_theta = 50_000.0
+    config.precision.linear = "fp8"
     config.training.max_steps = 4
     config.evaluation.every_steps = 4
     config.checkpoint.every_steps = 2

@@ -13,7 +13,7 @@ from danube_jax.data.tokenizer import SentencePieceTokenizer
 from danube_jax.errors import RunError, UserError
 from danube_jax.interop import export_hf, hf_config
 from danube_jax.interop.export_hf import ExportOptions, export_model, parse_size
-from danube_jax.interop.hf_weights import Leaf
+from danube_jax.interop.hf_weights import Leaf, layout
 from danube_jax.interop.model_source import open_model
 from danube_jax.interop.verify import HARD_TEXTS, our_logits
 
@@ -68,6 +68,8 @@ def test_every_file_and_field_that_others_read(exported, trained):
     assert (folder / "chat_template.jinja").read_text() == TEMPLATES["danube2"]
     assert tokenizer_config["add_bos_token"] is True
     assert tokenizer_config["model_max_length"] == 64
+    assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer_config["model_input_names"] == ["input_ids", "attention_mask"]
     assert (folder / "tokenizer.model").read_bytes() == trained.tokenizer.read_bytes()
     assert (folder / "tokenizer.json").is_file()
     assert (folder / "special_tokens_map.json").is_file()
@@ -109,6 +111,19 @@ def test_transformers_computes_the_same(exported, trained):
     tokenizer = AutoTokenizer.from_pretrained(exported.path)
     for text in HARD_TEXTS:
         assert tokenizer(text)["input_ids"] == ours.encode(text, bos=True)
+
+
+def test_the_state_of_fp8_is_in_the_checkpoint_and_not_in_the_export(exported, trained):
+    from safetensors import safe_open
+
+    meta = json.loads((trained.path / "checkpoints" / "4" / "meta" / "metadata").read_text())
+    assert any(name.startswith(".fp8") for name in meta["checksums"])
+    names = set()
+    for name in exported.files:
+        with safe_open(exported.path / name, "np") as file:
+            names |= set(file.keys())
+    expected = {t.name for leaf in layout(open_model(trained.path).config) for t in leaf.tensors}
+    assert names == expected
 
 
 def test_the_check_reports_what_the_dtype_costs(exported, trained, tmp_path):

@@ -70,6 +70,8 @@ def test_files_and_fields_that_others_read(mistral, tmp_path):
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["chat_template"] == template
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # Else version 4 gives token_type_ids too, which its models refuse.
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert config["add_bos_token"] is True
     assert config["add_eos_token"] is False
     assert [config["added_tokens_decoder"][i]["content"] for i in "012"] == ["<unk>", "<s>", "</s>"]
@@ -124,6 +126,7 @@ def test_what_transformers_5_saves_is_made_readable_for_4(tmp_path):
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["additional_special_tokens"] == ["<|tool|>"]
     assert "extra_special_tokens" not in config
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
     special = json.loads((tmp_path / "out" / "special_tokens_map.json").read_text())
     assert special["eos_token"] == "<|im_end|>"
     text = "a<|tool|>b<|im_end|>"

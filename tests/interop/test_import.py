@@ -12,14 +12,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from tokenizer_models import train_sentencepiece
 
 from danube_jax.config import CheckpointConfig
+from danube_jax.data.chat import TEMPLATES
+from danube_jax.data.tokenizer import SentencePieceTokenizer
 from danube_jax.errors import UserError
 from danube_jax.interop.export_hf import ExportOptions, export_model
+from danube_jax.interop.hf_tokenizer import export_tokenizer
 from danube_jax.interop.hf_weights import params_from_hf, params_to_hf
 from danube_jax.interop.import_hf import import_model
 from danube_jax.interop.model_source import open_model
-from danube_jax.interop.verify import our_logits
+from danube_jax.interop.verify import HARD_TEXTS, our_logits
 from danube_jax.models.decoder import abstract_params
 from danube_jax.training.checkpoint import Checkpointer
 
@@ -153,6 +157,26 @@ def test_stories260k(tmp_path):
     assert json.loads((back / "generation_config.json").read_text()) == theirs
     assert ours.tokenizer().encode_prompt("Once upon a time")[0] == 1
     assert ours.eos_ids() == (2,)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_a_published_folder_comes_back_with_its_tokenizer(save_hf, tmp_path, architecture):
+    """Both tokenizer files, and a class that transformers 5 reads in a way of its own."""
+    folder = save_hf(architecture, vocab_size=600, dtype="float32")
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(tmp_path / "tokenizer.model"))
+    template = TEMPLATES["danube2"]
+    export_tokenizer(tokenizer, folder, chat_template=template, model_max_length=64)
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | tokenizer.special_tokens | {"chat_template": template})
+    )
+    back = exported_again(folder, tmp_path, verify=True)  # transformers gives the same ids
+    assert tensor_bytes(back) == tensor_bytes(folder)
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        assert (back / name).read_bytes() == (folder / name).read_bytes()
+    ours = open_model(tmp_path / "ours").tokenizer()
+    for text in HARD_TEXTS:
+        assert ours.encode_prompt(text) == tokenizer.encode_prompt(text)
 
 
 def rewrite_header(path, change):

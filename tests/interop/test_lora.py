@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from danube_jax.config import ModelConfig
-from danube_jax.errors import UserError
+from danube_jax.errors import RunError, UserError
+from danube_jax.interop import peft as peft_folder
 from danube_jax.interop.export_hf import ExportOptions, export_model
 from danube_jax.interop.import_hf import import_model
 from danube_jax.interop.model_source import open_model
@@ -88,6 +89,24 @@ def test_the_same_logits_everywhere(adapter, tmp_path):
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base)
     assert "base_model: " in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_an_adapter_of_another_scale_is_refused(adapter, tmp_path, monkeypatch):
+    """Also in bfloat16, whose own rounding is no excuse."""
+    base, folder, _ = adapter
+    import_adapter(folder, tmp_path / "ours", base=str(base))
+    source = open_model(tmp_path / "ours")
+    exported = export_model(source, tmp_path / "good", ExportOptions(lora="adapter"))
+    assert exported.comparison.max_difference < 1e-3 < exported.comparison.dtype_max_difference
+    written = peft_folder.adapter_config
+
+    def rescaled(lora, base):
+        return written(lora, base) | {"lora_alpha": lora.alpha * 1.02}
+
+    monkeypatch.setattr(peft_folder, "adapter_config", rescaled)
+    with pytest.raises(RunError, match="other logits"):
+        export_model(source, tmp_path / "bad", ExportOptions(lora="adapter"))
+    assert not (tmp_path / "bad").exists()
 
 
 def test_an_adapter_comes_back_to_the_byte(adapter, tmp_path):

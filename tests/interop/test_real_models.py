@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from danube_jax.inference.generate import Generator
+from danube_jax.inference.sampling import SamplingConfig
 from danube_jax.interop.export_hf import ExportOptions, export_model
 from danube_jax.interop.import_hf import import_model
 from danube_jax.interop.model_source import open_model
@@ -52,6 +54,7 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_smollm2(smollm2, tmp_path):
     import torch
     from test_import import tensor_bytes
@@ -73,6 +76,7 @@ def test_smollm2(smollm2, tmp_path):
     # 30 layers of float32 rounding, relative to logits of some tens
     np.testing.assert_allclose(logits, expected, atol=2e-3)
 
+    prompts, answers = [], []
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.encode_chat(messages)
@@ -87,16 +91,16 @@ def test_smollm2(smollm2, tmp_path):
                 do_sample=False,
                 eos_token_id=list(source.eos_ids()),
             )[0].tolist()
-        # Our forward pass on the whole text predicts each of its tokens: greedy decoding.
-        padded = np.zeros((1, 128), np.int64)
-        padded[0, : len(output)] = output
-        ours = our_logits(source.config, params, padded)[0]
-        predicted = np.argmax(ours, axis=-1)[len(prompt) - 1 : len(output) - 1]
-        assert predicted.tolist() == output[len(prompt) :]
-        if question == QUESTIONS[0]:
-            assert "Paris" in tokenizer.decode(output[len(prompt) :])
+        prompts.append(prompt)
+        stop = output[-1] in source.eos_ids()
+        answers.append(output[len(prompt) : -1 if stop else None])
+    generator = Generator(source.config, params, tokenizer=tokenizer)
+    sampling = SamplingConfig(max_tokens=NEW_TOKENS, stop_tokens=source.eos_ids())
+    completions = generator.generate(prompts, sampling)  # together, of unequal lengths
+    assert [list(completion.tokens) for (completion,) in completions] == answers
+    assert "Paris" in completions[0][0].text
     assert jnp.result_type(params["embed_tokens"]["embedding"]) == jnp.float32
-    del model, params
+    del model, params, generator
     gc.collect()
 
     back = export_model(source, tmp_path / "back", ExportOptions(dtype="stored"))

@@ -1,5 +1,6 @@
 """Whole tuning runs: resume to the bit, rounds, what checkpoints hold and are good for."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from tuning_config import (
 from danube_jax.config import tuning_round
 from danube_jax.errors import UserError
 from danube_jax.inference.sampling import SamplingConfig
+from danube_jax.interop.model_card import model_card
 from danube_jax.interop.model_source import open_model
 from danube_jax.interop.step_params import StepParams
 
@@ -113,6 +115,12 @@ def test_sft_resumes_to_the_bit_and_gives_a_model_that_chats(folder, tmp_path):
     (completion,) = model.generator("float32").generate([ids], SamplingConfig(max_tokens=4))[0]
     assert len(completion.tokens) > 0
 
+    card = model_card(model.source, last["step"], model.tokenizer, license="", dtype="float32")
+    assert "license: other" in card  # the weights began as someone's
+    assert "### 1. base: published weights\n\nImported from the folder `base`." in card
+    assert "### 2. tuned: supervised fine-tuning, first\n" in card
+    assert f"| tokens seen, with padding | {last['step'] * 2 * 96:,} |" in card
+
 
 @pytest.fixture(scope="module")
 def rounds(folder):
@@ -178,7 +186,15 @@ def test_adapters_export_as_a_peft_folder_with_the_same_logits(rounds, tmp_path)
     assert exported.comparison.max_difference < 1e-3
     merged = export_model(source, tmp_path / "merged", ExportOptions("float32"))
     assert merged.comparison.max_difference < 1e-3
+    assert exported.comparison.texts > 0
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    step = source.base.step
+    assert base["base_model_name_or_path"] == str(
+        rounds[1].resolve() / "rounds" / "1-first" / "checkpoints" / str(step)
+    )
     card = (tmp_path / "merged" / "README.md").read_text()
+    assert "### 2. tuned: DPO, first\n" in card
+    assert "### 3. tuned: DPO, second\n" in card
     assert "| preference loss | sigmoid, beta 0.1 |" in card
     assert "Held-out preferences" in card
 
