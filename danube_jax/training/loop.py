@@ -5,8 +5,9 @@ its checkpoint; everything here can be stopped at any moment and started again.
 """
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from danube_jax.training.pretraining import Pretraining
 from danube_jax.training.rounds import first_workdir, is_complete, split_rounds
 from danube_jax.training.run_data import open_run_data
 from danube_jax.training.signals import StopRequest
+from danube_jax.training.spike_guard import SpikeGuard
 from danube_jax.training.step import (
     TrainState,
     init_state,
@@ -128,6 +130,17 @@ def run_task(task: Task, stop: StopRequest) -> int:
         trainer.close()
 
 
+def skip_reason(metrics: Mapping[str, Any]) -> str:
+    """Why a step's update was skipped, from its metrics."""
+    for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        bound = metrics.get(f"{key}_bound", math.inf)
+        if not math.isfinite(metrics[key]):
+            return f"the {name} is not finite"
+        if metrics[key] > bound:
+            return f"the {name} is a spike (the spike guard's bound is {bound:.4g})"
+    return "the spike guard refused it"
+
+
 @dataclasses.dataclass
 class _Pending:
     """A dispatched step whose metrics are still on the device."""
@@ -176,6 +189,8 @@ class Trainer:
         run, dtype = self.config, DTYPES[self.config.precision.compute]
         self.decoder = Decoder(run.model, dtype, linear_dtype(run.precision))
         self.optimizer = make_optimizer(run.optimizer)
+        guard = run.training.spike_guard, run.training.spike_guard_window
+        self.spike_guard = SpikeGuard(*guard) if guard[0] else None
         has_frozen = self.task.has_frozen
         abstract = jax.eval_shape(self._fresh_state)
         specs = state_specs(abstract, self.mesh.size, run.training.zero1)
@@ -194,6 +209,7 @@ class Trainer:
             count_name=self.task.count_name,
             has_frozen=has_frozen,
             fp8_config=run.precision.fp8_config,
+            spike_guard=self.spike_guard,
             **layout,
         )
         objective = self.task.eval_objective(self.decoder)
@@ -217,7 +233,8 @@ class Trainer:
     def _fresh_state(self) -> TrainState:
         key = jax.random.key(self.config.training.seed)
         fp8_config = self.config.precision.fp8_config
-        return init_state(self.task.fresh_params(key), self.optimizer, fp8_config)
+        params = self.task.fresh_params(key)
+        return init_state(params, self.optimizer, fp8_config, self.spike_guard)
 
     def _restore_or_init(self) -> TrainState:
         restored = self.checkpointer.restore_latest(self.abstract_state)
@@ -368,6 +385,9 @@ class Trainer:
     def _finish(self, pending: _Pending) -> None:
         """Fetches a step's metrics, acts on them, and logs them where due."""
         metrics = {key: value.item() for key, value in jax.device_get(pending.metrics).items()}
+        for key in ("loss_bound", "grad_norm_bound"):  # the spike guard's, once it judges
+            if metrics.get(key) == math.inf:
+                del metrics[key]
         self.stop_agreed |= metrics.pop("stop") > 0
         self.throughput.add(pending.tokens, pending.data_wait)
         if metrics["skipped_in_a_row"]:
@@ -396,7 +416,8 @@ class Trainer:
         limit = self.config.training.max_skipped_steps
         warn(
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: "
-            f"update skipped ({metrics['skipped_in_a_row']} in a row, {metrics['skipped']} in all)"
+            f"{skip_reason(metrics)}: update skipped ({metrics['skipped_in_a_row']} in a row, "
+            f"{metrics['skipped']} in all)"
         )
         self.events.skipped(step, metrics)
         if metrics["skipped_in_a_row"] >= limit:
@@ -404,7 +425,8 @@ class Trainer:
             self.checkpointer.wait()
             steps = self.checkpointer.steps()
             raise RunError(
-                f"{limit} updates in a row were not finite, at step {step}: the run has diverged; "
+                f"{limit} updates in a row were skipped, at step {step}, the last one since "
+                f"{skip_reason(metrics)}: the run has diverged; "
                 f"the last checkpoint is {f'step {steps[-1]}' if steps else 'none yet'}; lower "
                 "optimizer.learning_rate or optimizer.clip_norm and start again from there"
             )

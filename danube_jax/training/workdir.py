@@ -35,6 +35,8 @@ FREE_KEYS = (
     "training.max_steps",
     "training.log_every",
     "training.max_skipped_steps",
+    "training.spike_guard",
+    "training.spike_guard_window",
     "evaluation",
     "evals",
     "samples",
