@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from danube_jax import files
 from danube_jax.config import ModelConfig, TokenizerConfig, parse_model_config
 from danube_jax.console import progress, warn
 from danube_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
@@ -66,6 +67,7 @@ class ModelSource:
         if self.kind == "huggingface":
             return open_tokenizer(self.path)
         if (self.path / TOKENIZER).is_dir():
+            files.check_sums(self.path / TOKENIZER)
             return open_tokenizer(self.path / TOKENIZER)
         if self.base is not None:
             return self.base.tokenizer()
@@ -329,6 +331,7 @@ def _generation(path: Path) -> Mapping[str, Any]:
 
 
 def _open_workdir(path: Path, saved: Mapping[str, Any], step: int | None) -> ModelSource:
+    files.check_seal(saved, str(path / hf_config.CONFIG_FILE))
     try:
         model = saved["config"]["model"]
     except (KeyError, TypeError):

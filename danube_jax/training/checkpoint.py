@@ -7,6 +7,7 @@ they do not depend on the number of devices.
 """
 
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from danube_jax import files
 from danube_jax.array_checksums import host_checksum, named_checksums
 from danube_jax.config import CheckpointConfig
 from danube_jax.console import warn
-from danube_jax.errors import UserError
+from danube_jax.errors import DISK_ERRORS, UserError
 
 PyTree = Any
 
@@ -71,7 +73,9 @@ class Checkpointer:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(_stored(state)),
-                    meta=ocp.args.JsonSave(meta | {"checksums": named_checksums(state)}),
+                    meta=ocp.args.JsonSave(
+                        files.seal(meta | {"checksums": named_checksums(state)})
+                    ),
                 ),
                 force=True,
             )
@@ -138,6 +142,7 @@ class Checkpointer:
             for name, value in named_checksums(state).items()
             if not name.startswith(tuple(f".{part}" for part in fresh))
         }
+        files.check_seal(meta, "meta")
         expected = meta["checksums"]
         wrong = sorted(name for name in found if found[name] != expected.get(name))
         if wrong:
@@ -231,7 +236,9 @@ def read_part(step_folder: Path, name: str, abstract: PyTree) -> PyTree:
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            expected = checkpointer.restore(folder / "meta")["checksums"]
+            meta = checkpointer.restore(folder / "meta")
+        files.check_seal(meta, "meta")
+        expected = meta["checksums"]
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             args = ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
             part = checkpointer.restore(folder / "state", args=args)[name]
@@ -261,7 +268,7 @@ class _write_errors:
         if error is None or not isinstance(error, Exception) or isinstance(error, UserError):
             return
         text = " ".join(str(error).split())
-        known = re.search(r"No space left on device|Disk quota exceeded|Permission denied", text)
+        known = re.search("|".join(os.strerror(number) for number in DISK_ERRORS), text)
         cause = known[0] if known else text[:300]
         raise UserError(
             f"{self._directory}: checkpoint {self._step} could not be written: {cause}; "

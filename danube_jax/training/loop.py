@@ -4,6 +4,7 @@ It is the same loop for every objective. All that a run is stands in its config,
 its checkpoint; everything here can be stopped at any moment and started again.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -19,12 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 from danube_jax.config import RunConfig
 from danube_jax.console import console, info, warn
-from danube_jax.data.loader import make_loader
+from danube_jax.data.loader import WorkersDied, read_batches
 from danube_jax.data.phases import describe_mismatch
 from danube_jax.errors import EXIT_INTERRUPTED, RunError, UserError
 from danube_jax.evaluation.in_loop import open_benchmarks
 from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig
+from danube_jax.interruption import Interrupted
 from danube_jax.models.decoder import Decoder, flops_per_token
 from danube_jax.training.checkpoint import Checkpointer
 from danube_jax.training.dtypes import DTYPES, linear_dtype
@@ -176,7 +178,7 @@ class Trainer:
         self.data_changes: list[str] = []
         self.state = self._restore_or_init()
         self.source = task.begin(self.source, self.frozen, self.evaluator)
-        self.step = int(self.state.step)
+        self.step = self.saved_step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
         self.events = EventLog(self.writer, run.model, self.schedule, self.last_step)
         self.display = TrainingDisplay(self.schedule, self.last_step)
@@ -282,7 +284,8 @@ class Trainer:
         announce(self.config, self.workdir, self.schedule, self.task.notes())
         if 0 < self.step < self.last_step:
             info(f"resuming at step {self.step} of {self.last_step}")
-        stop.defer()
+        if jax.process_count() > 1:  # one process cannot stop on its own
+            stop.defer()
         if self.step >= self.last_step:
             self._evaluate_if_missing()
             info("this run is complete; nothing was trained")
@@ -292,7 +295,12 @@ class Trainer:
         if self._evaluation_due() or (self.step == 0 and self.config.evaluation.at_start):
             self._evaluate_if_missing()
         with self.display:
-            interrupted = self._train_steps(stop)
+            try:
+                interrupted = self._train_steps(stop)
+            except WorkersDied:
+                if jax.process_count() == 1:
+                    self._save()
+                raise
         self.checkpointer.wait()
         if interrupted:
             self.events.record(STOPPED, self.step)
@@ -306,7 +314,7 @@ class Trainer:
         config = self.config.checkpoint
         pending: _Pending | None = None
         frozen = () if self._frozen_argument is None else (self._frozen_argument,)
-        for batch, data_wait, host_metrics in self._device_batches():
+        for batch, data_wait, host_metrics in self._device_batches(stop):
             if pending is not None and self.schedule.phase_at_step(self.step) is not self.phase:
                 self._finish(pending)
                 pending = None
@@ -315,6 +323,7 @@ class Trainer:
                 self.state, batch, self._stop_flags(stop), *frozen
             )
             self.step += 1
+            stop.defer()
             if pending is not None:
                 self._finish(pending)
             pending = _Pending(self.step, batch["tokens"].size, data_wait, host_metrics, metrics)
@@ -328,32 +337,40 @@ class Trainer:
                 self._save()
             if stopping and not last:
                 return True
-            if self._evaluation_due():
-                self._evaluate_if_missing()
+            if self._evaluation_due() and not self._evaluate_unless_stopped(stop):
+                if not save:
+                    self._save()
+                return True
             if pending is None:  # compiling, saving and evaluating are not the speed of training
                 self.throughput.reset()
+        if self.step < self.last_step:  # the loader's workers were stopped, too
+            self._save()
+            return True
         return False
 
     def _device_batches(
-        self,
+        self, stop: StopRequest
     ) -> Iterator[tuple[dict[str, jax.Array], float, dict[str, float]]]:
         """Global batches from the next step on, one transferred ahead.
 
         With the seconds waited for each, and the task's figures of it.
         """
-        loader = make_loader(
+        alone = jax.process_count() == 1
+        batches = read_batches(
             self.source,
             self.step,
             self.last_step,
             num_workers=self.config.data.num_workers,
             prefetch=self.config.data.prefetch,
+            stopping=lambda: alone and stop.requested,
         )
-        iterator = iter(loader)
         ahead: tuple[dict[str, jax.Array], float, dict[str, float]] | None = None
-        for _ in range(self.step, self.last_step):
+        while True:
             start = time.perf_counter()
-            host_batch = next(iterator)
+            host_batch = next(batches, None)
             waited = time.perf_counter() - start
+            if host_batch is None:
+                break
             device_batch = put_batch(self.mesh, host_batch)
             if ahead is not None:
                 yield ahead
@@ -432,6 +449,10 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        """Begins to write a checkpoint, unless this step has one."""
+        if self.step == self.saved_step:
+            return
+        self.saved_step = self.step
         self.checkpointer.save(
             self.step,
             self.state,
@@ -452,6 +473,23 @@ class Trainer:
         every = self.config.evaluation.every_steps
         on_schedule = every and self.step and self.step % every == 0
         return self.task.can_evaluate() and bool(on_schedule or self.step == self.last_step)
+
+    def _evaluate_unless_stopped(self, stop: StopRequest) -> bool:
+        """Evaluates if missing; False where a signal came, and the evaluation is left for later.
+
+        It may take longer than the notice that a machine gives. A run of several processes
+        finishes it: none of them can leave alone.
+        """
+        alone = jax.process_count() == 1
+        if alone and stop.requested:
+            return False
+        try:
+            with stop.at_once() if alone else contextlib.nullcontext():
+                self._evaluate_if_missing()
+        except Interrupted as interrupted:
+            warn(f"{interrupted}: saving, then stopping; once more ends at once")
+            return False
+        return True
 
     def _evaluate_if_missing(self) -> None:
         """Evaluates and samples at this step, unless metrics.jsonl has it from before a stop."""

@@ -64,6 +64,10 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(self.pid, number)
 
+    def shown(self) -> str:
+        """What it has written on stderr so far."""
+        return self._err.read_text(errors="replace") if self._err.exists() else ""
+
     def poll(self, seconds: float) -> Ended | None:
         """How it ended, if it does within some time."""
         status = self._forks.ask({"wait": self.pid, "timeout": seconds})["status"]
@@ -110,6 +114,7 @@ class Forks:
                 "OMP_NUM_THREADS": "1",
                 "TF_CPP_MIN_LOG_LEVEL": "2",
                 "TQDM_DISABLE": "1",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -136,6 +141,7 @@ class Forks:
         limits: Mapping[str, int] | None = None,
         log: Path | None = None,
         delay: float = 0.0,
+        hold: str = "",
         fresh: bool = False,
     ) -> Running:
         """Starts a command.
@@ -146,7 +152,7 @@ class Forks:
           devices: virtual CPU devices.
           environment: in addition to this process's.
           limits: resource limits by their names, such as RLIMIT_FSIZE.
-          log, delay: of `staged.py`.
+          log, delay, hold: of `staged.py`.
           fresh: an interpreter of its own instead of a fork.
         """
         self._count += 1
@@ -164,9 +170,10 @@ class Forks:
             "stderr": str(err),
             "log": str(log) if log else None,
             "delay": delay,
+            "hold": hold,
         }
         if fresh:  # the fork becomes a new Python, so that the server can wait for it
-            prefix = [str(HERE / "staged.py"), str(log), str(delay)] if log else []
+            prefix = [str(HERE / "staged.py"), str(log), str(delay), hold] if log else []
             request["execute"] = [sys.executable, *prefix, *request["program"]]
         pid = self.ask(request)["pid"]
         return Running(self, pid, out, err)

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import forks
+from commands import TRAIN, forks
+from small_runs import Outcome, arguments
 
 FULL_TIMEOUT = 3 * 3600
 
@@ -31,19 +32,28 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.faults)
 
 
-@pytest.fixture(
-    scope="module", params=["short", pytest.param("full", marks=pytest.mark.faults)]
-)
+@pytest.fixture(scope="module", params=["short", pytest.param("full", marks=pytest.mark.faults)])
 def full(request) -> bool:
     """Whether the test is to run in full."""
     return request.param == "full"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """Forks of a process that has the training command's imports behind it."""
     with forks(tmp_path_factory.mktemp("commands")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def undisturbed(corpus, server, tmp_path_factory) -> tuple[Outcome, float]:
+    """A run that was never killed, and about how many seconds one takes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    log, workdir = folder / "log", folder / "run"
+    command, begin = arguments(corpus.config, workdir), time.monotonic()
+    ended = server.run(TRAIN, *command, log=log)
+    assert ended.status == 0, ended.err
+    return Outcome.read(workdir, log=log), time.monotonic() - begin
 
 
 @pytest.fixture(scope="session")

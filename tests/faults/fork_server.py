@@ -7,6 +7,7 @@ Reads requests as lines of JSON, answers with lines of JSON; see `commands.Forks
 """
 
 import ctypes
+import faulthandler
 import importlib
 import json
 import os
@@ -60,6 +61,7 @@ def become(request: dict[str, Any]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphans of a failed test
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs ignore
     for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY)):
         path = request.get(name) or os.devnull
         descriptor = os.open(path, flags | (os.O_CREAT | os.O_APPEND if flags else 0))
@@ -70,6 +72,7 @@ def become(request: dict[str, Any]) -> None:
         resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
     if "execute" in request:
         os.execve(request["execute"][0], request["execute"], os.environ)
+    faulthandler.enable(sys.stderr)
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -78,7 +81,10 @@ def become(request: dict[str, Any]) -> None:
     program = request["program"]
     if request["log"]:
         staged.install(
-            request["log"], request["delay"], program[1] if program[0] == "-m" else program[0]
+            request["log"],
+            request["delay"],
+            request["hold"],
+            program[1] if program[0] == "-m" else program[0],
         )
     staged.run_program(program)
 

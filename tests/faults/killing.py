@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from commands import Ended, Forks, Running
+from commands import Ended, Running
 from staged import read_stage
 
 POLL_SECONDS = 0.002
@@ -28,18 +28,18 @@ class Tally:
         return self.stages.total()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Command:
     """A command to kill.
 
     Attributes:
-      start: starts it in a folder with a stage log.
+      start: starts it in a folder with a stage log, and a stage to be held in.
       stages: those that some kills wait for; the others come at any time of its life.
-      seconds: about how long it lives when left alone.
+      seconds: about how long it lives when left alone; the last life that ended by itself says.
       check: what must hold for the folder after each kill, the log's stage given.
     """
 
-    start: Callable[[Path, Path, np.random.Generator], Running]
+    start: Callable[[Path, Path, np.random.Generator, str], Running]
     stages: Sequence[str]
     seconds: float
     check: Callable[[Path, str], None] = lambda folder, stage: None
@@ -54,19 +54,24 @@ def one_kill(
       How it ended, and the stage in which it was killed; None where it ended by itself.
     """
     log.unlink(missing_ok=True)
-    running = command.start(folder, log, rng)
+    log.with_name(f"{log.name}.go").unlink(missing_ok=True)
+    running = command.start(folder, log, rng, aim or "")
     born = time.monotonic()
     until = born + rng.uniform(0, 1.1) * command.seconds
-    jitter = rng.exponential(0.03)
+    jitter = rng.choice([0.0, rng.exponential(0.03)])
     while time.monotonic() - born < LONGEST_LIFE:
         if aim is None and time.monotonic() >= until:
             break
         if aim is not None and read_stage(log) == aim:
-            time.sleep(jitter)
             break
         ended = running.poll(POLL_SECONDS)
         if ended is not None:
+            if aim is None:
+                command.seconds = time.monotonic() - born
             return ended, None
+    if aim is not None and jitter:  # into the stage, not at its first line
+        log.with_name(f"{log.name}.go").touch()
+        time.sleep(jitter)
     group = bool(rng.integers(2))  # as a container dies, or as the kernel kills what eats memory
     ended = running.kill(group=group)
     if ended.status != -signal.SIGKILL:
@@ -77,7 +82,6 @@ def one_kill(
 
 
 def journey(
-    forks: Forks,
     command: Command,
     folder: Path,
     log: Path,
@@ -89,7 +93,6 @@ def journey(
 
     The same command is given every time. It must not fail when it is not killed.
     """
-    del forks
     tally.journeys += 1
     for _ in range(kills):
         aim = str(rng.choice(command.stages)) if command.stages and rng.random() < 0.6 else None
@@ -98,5 +101,5 @@ def journey(
             assert ended.status == 0, ended.err
             break
         tally.stages[stage] += 1
-    ended = command.start(folder, log, rng).wait()
+    ended = command.start(folder, log, rng, "").wait()
     assert ended.status == 0, ended.err

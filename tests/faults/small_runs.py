@@ -21,6 +21,7 @@ def arguments(config: Path, workdir: Path, *more: str) -> list[str]:
     return [
         f"--config={config}",
         f"--workdir={workdir}",
+        "--config.model.num_hidden_layers=1",
         "--config.phases[0].tokens=5120",
         "--config.phases[1].tokens=7168",
         "--config.checkpoint.every_steps=3",
@@ -75,11 +76,12 @@ class Outcome:
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     windows: collections.Counter | None
+    steps: dict[int, list[str]]  # the windows of every step, where these were noted
 
     @classmethod
     def read(cls, workdir: Path, step: int = STEPS, log: Path | None = None) -> "Outcome":
         """Reads a finished run."""
-        windows = None
+        windows, by_step = None, {}
         if log is not None:
             by_step = windows_by_step(log)
             assert sorted(by_step) == list(range(1, step + 1))
@@ -90,6 +92,7 @@ class Outcome:
             rows(workdir, "train"),
             rows(workdir, "evaluation"),
             windows,
+            by_step,
         )
 
     def assert_same(self, other: "Outcome") -> None:

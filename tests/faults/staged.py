@@ -1,15 +1,17 @@
 """Runs one of the project's commands, noting what it is doing, and slowly where it commits.
 
-Usage: staged.py LOG DELAY -m MODULE ARGUMENT...   or   staged.py LOG DELAY SCRIPT.py ARGUMENT...
+Usage: staged.py LOG DELAY HOLD -m MODULE ARGUMENT...   or with SCRIPT.py instead of -m MODULE
 
 A line of LOG is written whenever the stage changes: what the main thread does, and after a bar what
 goes on in the background. DELAY is how many seconds every rename and the writing of a checkpoint
-take longer, so that a kill can fall into them. Nothing that is computed or written changes.
+take longer, so that a kill can fall into them. The first time that the stage HOLD is entered, the
+thread that enters it waits for the file LOG.go. Nothing that is computed or written changes.
 """
 
 import asyncio
 import functools
 import hashlib
+import itertools
 import json
 import os
 import runpy
@@ -21,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 START_UP = "start-up"
+LONGEST_HOLD = 120.0
 
 
 class StageLog:
     """Appends stages to a file with one write each, which a kill cannot tear."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, hold: str = ""):
+        self._hold, self._go = hold, Path(f"{path}.go")
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._lock = threading.Lock()
         self._main, self._background = START_UP, ""
@@ -34,16 +38,21 @@ class StageLog:
     def main(self, stage: str) -> None:
         """The main thread begins something else."""
         self._main = stage
-        self._note()
+        self._note(stage)
 
     def background(self, stage: str) -> None:
         """So does the writing of a checkpoint."""
         self._background = stage
-        self._note()
+        self._note(stage)
 
-    def _note(self) -> None:
+    def _note(self, entered: str) -> None:
         with self._lock:
             os.write(self._file, f"{self._main}|{self._background}\n".encode())
+        if entered and entered == self._hold:
+            self._hold = ""
+            deadline = time.monotonic() + LONGEST_HOLD
+            while not self._go.exists() and time.monotonic() < deadline:
+                time.sleep(0.002)
 
     def around(self, owner: Any, name: str, stage: str, after: str | None = None) -> None:
         """Replaces a function by one that notes `stage` while it runs."""
@@ -70,19 +79,18 @@ def read_stage(path: Path) -> str:
     return background or main
 
 
-def install(log_path: str, delay: float, program: str) -> None:
+def install(log_path: str, delay: float, hold: str, program: str) -> None:
     """Puts the notes into the modules that `program` is about to use."""
-    log = StageLog(log_path)
+    log = StageLog(log_path, hold)
     _slow_renames(log, delay)
     if program.endswith("train"):
         _stage_training(log, delay, Path(log_path).with_suffix(".windows"))
     elif program.endswith("evaluate"):
-        from danube_jax.evaluation import harness, loading, results, run
+        from danube_jax.evaluation import loading, results, run
 
         log.around(loading, "open_for_evaluation", "loading")
         log.around(run, "run_tasks", "evaluation")
         log.around(results, "write_results", "results")
-        del harness
     elif program.endswith("prepare_data.py"):
         from danube_jax.data.corpus import html, pipeline
 
@@ -94,10 +102,8 @@ def install(log_path: str, delay: float, program: str) -> None:
         from danube_jax.interop import export_hf, model_source
 
         log.around(model_source, "open_model", "export: opening")
-        log.around(export_hf, "export_model", "export: writing")
-        log.around(export_hf, "verify", "export: checking") if hasattr(
-            export_hf, "verify"
-        ) else None
+        log.around(export_hf, "_write_weights", "export: writing", "export: configs and card")
+        log.around(export_hf, "verify_model", "export: checking", "export: commit")
     elif program.endswith("convert_from_hf.py"):
         from danube_jax.interop import import_hf
 
@@ -150,9 +156,11 @@ def _stage_training(log: StageLog, delay: float, windows: Path) -> None:
     def make(*args: Any, **kwargs: Any) -> Callable:
         step = make_train_step(*args, **kwargs)
 
+        calls = itertools.count()
+
         def noted(*inputs: Any) -> Any:
             out = step(*inputs)
-            log.main("steps")
+            log.main("steps" if next(calls) else "first step")
             return out
 
         return noted
@@ -183,23 +191,30 @@ def _stage_training(log: StageLog, delay: float, windows: Path) -> None:
 
     finish = checkpoint_manager.CheckpointManager._finalize
 
-    def noted_finish(self: Any, *args: Any) -> None:
-        finish(self, *args)
+    def noted_finish(self: Any, step: int, old: list[int]) -> None:
+        finish(self, step, old)
         log.background("")
+
+    sweep = checkpoint_manager.CheckpointManager._finalize_checkpoint
+
+    def noted_sweep(self: Any, step: int) -> None:
+        sweep(self, step)
+        log.background("removal of old ones")
 
     Checkpointer.save = noted_save
     atomicity.AtomicRenameTemporaryPath.finalize = slow_finalize
     checkpoint_manager.CheckpointManager._finalize = noted_finish
+    checkpoint_manager.CheckpointManager._finalize_checkpoint = noted_sweep
 
 
 def _note_windows(trainer: type, path: Path) -> None:
     """Notes what every step was given: a line with the step and a hash of each row."""
     device_batches = trainer._device_batches
 
-    def noted(self: Any) -> Any:
+    def noted(self: Any, stop: Any) -> Any:
         import numpy as np
 
-        for step, item in enumerate(device_batches(self), self.step + 1):
+        for step, item in enumerate(device_batches(self, stop), self.step + 1):
             tokens = np.concatenate(
                 [np.asarray(shard.data) for shard in item[0]["tokens"].addressable_shards], axis=1
             )
@@ -223,6 +238,6 @@ def run_program(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    log_path, delay, *rest = sys.argv[1:]
-    install(log_path, float(delay), rest[1] if rest[0] == "-m" else rest[0])
+    log_path, delay, hold, *rest = sys.argv[1:]
+    install(log_path, float(delay), hold, rest[1] if rest[0] == "-m" else rest[0])
     run_program(rest)

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from commands import TRAIN
 from killing import Command, Tally, journey
 from small_runs import Outcome, arguments
@@ -25,27 +24,13 @@ TRAINING_STAGES = (
 )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(corpus, server, tmp_path_factory) -> tuple[Outcome, float]:
-    """A run that was never killed, and about how many seconds one takes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    log, workdir = folder / "log", folder / "run"
-    command = arguments(corpus.config, workdir)
-    ended = server.run(TRAIN, *command, log=log)
-    assert ended.status == 0, ended.err
-    begin = time.monotonic()
-    again = server.run(TRAIN, *arguments(corpus.config, folder / "again"), log=folder / "log2")
-    assert again.status == 0, again.err
-    return Outcome.read(workdir, log=log), time.monotonic() - begin
-
-
 def test_training(corpus, server, undisturbed, full, tmp_path, figures):
     expected, seconds = undisturbed
     kills = 80 if full else 6
     rng, tally, begin = np.random.default_rng(8), Tally(), time.monotonic()
     cold = tmp_path / "cold"
 
-    def start(folder: Path, log: Path, rng: np.random.Generator):
+    def start(folder: Path, log: Path, rng: np.random.Generator, hold: str):
         environment = {}
         if rng.random() < 0.15:  # so that it has to compile
             shutil.rmtree(cold, ignore_errors=True)
@@ -54,6 +39,7 @@ def test_training(corpus, server, undisturbed, full, tmp_path, figures):
             TRAIN,
             *arguments(corpus.config, folder),
             log=log,
+            hold=hold,
             delay=float(rng.choice([0.0, 0.02, 0.1])),
             fresh=rng.random() < 0.1,
             environment=environment,
@@ -63,7 +49,7 @@ def test_training(corpus, server, undisturbed, full, tmp_path, figures):
     while tally.kills < kills:
         workdir, log = tmp_path / f"run{tally.journeys}", tmp_path / f"log{tally.journeys}"
         left = min(KILLS_A_JOURNEY, kills - tally.kills)
-        journey(server, command, workdir, log, rng, left, tally)
+        journey(command, workdir, log, rng, left, tally)
         Outcome.read(workdir, log=log).assert_same(expected)
         shutil.rmtree(workdir)
     figures(

@@ -139,7 +139,5 @@ def test_checkpoints_hold_the_history_and_the_guard_may_be_switched(tmp_path):
     assert set(tree) == {"step", "params", "opt_state", "skipped", "skipped_in_a_row", "fp8"}
     restored, _ = checkpointer.restore_latest(with_guard)
     assert int(restored.spikes.count) == 0
-    assert restored.spikes.values_2W.sharding == NamedSharding(
-        restored.step.sharding.mesh, P()
-    )
+    assert restored.spikes.values_2W.sharding == NamedSharding(restored.step.sharding.mesh, P())
     checkpointer.close()

@@ -67,6 +67,7 @@ def prepare(corpus: CorpusConfig) -> Statistics:
 class _Preparation:
     def __init__(self, corpus: CorpusConfig, output: Path):
         self.corpus, self.output, self.work = corpus, output, output / "work"
+        self.documents = output / "documents"
         self.steps = corpus.steps
         parts = list_inputs(corpus)
         self.tasks = divide(parts, corpus.task_bytes)
@@ -86,12 +87,12 @@ class _Preparation:
             load_tokenizer(self.corpus.tokenizer).framing()  # refused before the work, not after
         if self.steps.quality.enabled:
             quality.load_scorer(self.steps.quality)
-        self._clean()
-        documents, signed = self._repeats()
-        self._select(documents, signed)
-        tokenizer = self._tokenizer()
-        self._stores(tokenizer)
-        return self._finish(tokenizer)
+        if not self.documents.exists():  # moved there when the stores are written
+            self._clean()
+            documents, signed = self._repeats()
+            self._select(documents, signed)
+            self._stores(self._tokenizer())
+        return self._finish(self._tokenizer())
 
     def _folder(self, stage: str, name: str) -> Path:
         return self.work / stage / name
@@ -121,6 +122,7 @@ class _Preparation:
             )
         if not statistics.is_file():
             return None
+        shutil.rmtree(self.work, ignore_errors=True)  # where a kill came before its removal
         info(f"data: already prepared in {self.output}")
         return Statistics.load(statistics)
 
@@ -296,9 +298,8 @@ class _Preparation:
         bounds = quality.bucket_bounds(self.steps.quality, self._folder("select", "scores"))
         statistics = collect(self.corpus, tally, stores, tokenizer, bounds)
         write_bad_records(self.output / BAD_RECORDS, tally.bad_records)
-        final = self.output / "documents"
-        if not final.exists():
-            self._folder("select", "documents").rename(final)
+        if not self.documents.exists():
+            self._folder("select", "documents").rename(self.documents)
         statistics.save(self.output / STATISTICS)
         shutil.rmtree(self.work)
         missing = [name for name in store_names(self.corpus) if name not in stores]
