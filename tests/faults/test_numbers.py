@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import HANG_SECONDS, TRAIN
+from commands import HANG_SECONDS
 from helpers import read_rows
 from small_runs import Outcome, arguments, checkpoint_arrays, rows
 from test_signals import go, start, steps_of
@@ -58,7 +58,6 @@ def test_without_the_guard_a_spike_does_harm(corpus, server, undisturbed, tmp_pa
     ended = run(server, corpus, tmp_path / "run", {"spike": [15]})
     assert ended.status == 0, ended.err
     assert skips(tmp_path / "run") == []
-    name = ".params['embedding']['embedding']"
     found, expected = checkpoint_arrays(tmp_path / "run", 24), undisturbed[0].arrays
     name = next(key for key in expected if "embed" in key)
     assert np.abs(found[name] - expected[name]).max() > 1e-3
