@@ -16,6 +16,7 @@ from absl import logging as absl_logging
 from danube_jax.config import RunConfig, parse_config
 from danube_jax.console import warn
 from danube_jax.errors import UserError, exit_on_user_error
+from danube_jax.interruption import Interrupted, exit_on_signal, retry
 
 
 def parse_flags(
@@ -119,7 +120,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     threading.excepthook = lambda args: _on_background_error(args.exc_value)
     sys.unraisablehook = lambda args: _on_background_error(args.exc_value)
     sys.excepthook = _on_error
-    with exit_on_user_error():
+    with exit_on_user_error(), exit_on_signal():
         raise SystemExit(main(sys.argv))
 
 
@@ -132,5 +133,7 @@ def _on_error(kind: type, error: BaseException, traceback: TracebackType | None)
 
 def _on_background_error(error: BaseException | None) -> None:
     """One line, and none for callbacks that come after a failed save has ended its event loop."""
-    if "Event loop is closed" not in str(error):
+    if isinstance(error, Interrupted):
+        retry()
+    elif "Event loop is closed" not in str(error):
         warn(f"in the background: {' '.join(str(error).split())[:300]}")

@@ -224,7 +224,9 @@ class TrainingConfig:
     loss_chunk_tokens: int = 8_192  # tokens whose logits are held at once; 0: all
     max_steps: int | None = None  # stop early; the schedule still spans the whole run
     log_every: int = 10
-    max_skipped_steps: int = 20  # non-finite updates in a row before the run stops
+    max_skipped_steps: int = 20  # skipped updates in a row before the run stops
+    spike_guard: float = 0.0  # skip a step so many standard deviations above the last; 0: never
+    spike_guard_window: int = 128  # steps that these are taken over
 
 
 @dataclasses.dataclass(frozen=True)

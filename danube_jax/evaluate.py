@@ -24,6 +24,7 @@ from absl import flags
 from danube_jax import command_line
 from danube_jax.console import info, warn
 from danube_jax.errors import EXIT_INTERRUPTED, UserError
+from danube_jax.interruption import Interrupted
 
 _MODEL = flags.DEFINE_string("model", None, "A workdir, a checkpoint step, or a HF folder.")
 _TASKS = flags.DEFINE_list("tasks", None, "leaderboard, danube, mt_bench, or lm-eval's tasks.")
@@ -77,9 +78,9 @@ def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv, __doc__, required=("model", "tasks"))
     try:
         return _main()
-    except KeyboardInterrupt:
+    except Interrupted as interrupted:
         kept = "; the same command goes on from here" if _CACHE.value else ""
-        info(f"stopped{kept}")
+        info(f"{interrupted}: stopped{kept}")
         return EXIT_INTERRUPTED
 
 

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,9 +44,10 @@ def atomic_folder(output: Path) -> Iterator[Path]:
       UserError: the folder cannot be made or moved.
     """
     output = Path(os.path.abspath(output))
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    mark = f"{socket.gethostname()}-{os.getpid()}"
+    temporary, old = (output.with_name(f".{output.name}.{mark}.{end}") for end in ("tmp", "old"))
     try:
+        _clear_leftovers(output)
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made: {error.strerror or error}") from None
@@ -62,6 +65,34 @@ def atomic_folder(output: Path) -> Iterator[Path]:
             os.rename(old, output)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _clear_leftovers(output: Path) -> None:
+    """Removes what killed processes of this machine left beside `output`.
+
+    One that was killed between its two renames left the old folder under another name.
+    """
+    pattern = re.compile(
+        rf"\.{re.escape(output.name)}\.{re.escape(socket.gethostname())}-(\d+)\.(tmp|old)"
+    )
+    for path in sorted(output.parent.iterdir()) if output.parent.is_dir() else ():
+        found = pattern.fullmatch(path.name)
+        if found is None or _is_running(int(found[1])):
+            continue
+        if found[2] == "old" and not output.exists():
+            os.rename(path, output)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def sync_folder(path: str | os.PathLike) -> None:
@@ -94,3 +125,61 @@ def sha256_json(value: Any) -> str:
     """The hexadecimal SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+SEALED, SEAL = "sealed", "seal"
+SUMS = "SHA256SUMS"
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON with a checksum of itself, which `check_seal` compares when it is read again."""
+    plain = json.loads(json.dumps(content)) | {SEALED: "sha256"}
+    return plain | {SEAL: sha256_json(plain)}
+
+
+def check_seal(content: Mapping[str, Any], name: str) -> None:
+    """Refuses what `seal` sealed and is no longer the same; what has no seal passes.
+
+    Args:
+      content: the JSON as read.
+      name: of the file, for the message.
+
+    Raises:
+      UserError: a value was changed, or one of the two keys of the seal is missing.
+    """
+    if SEALED not in content and SEAL not in content:
+        return
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if SEALED not in content or content.get(SEAL) != sha256_json(rest):
+        raise UserError(
+            f"{name}: is not what was written (its checksum differs): damaged, or edited by hand; "
+            f"restore it from a copy, or, where the edit was meant, delete the keys {SEALED!r} and "
+            f"{SEAL!r}"
+        )
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS (as `sha256sum` does) for the files directly in a folder."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    lines = (f"{sha256_file(path)}  {path.name}\n" for path in paths)
+    write_bytes(folder / SUMS, "".join(lines).encode())
+
+
+def check_sums(folder: Path) -> None:
+    """Compares the files of a folder with its SHA256SUMS; one without it passes.
+
+    Raises:
+      UserError: a file is missing or is not what was written; names it.
+    """
+    sums = folder / SUMS
+    if not sums.exists():
+        return
+    mend = f"restore it from a copy, or, where the change was meant, delete {sums}"
+    try:
+        lines = sums.read_text(encoding="utf-8").splitlines()
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        for name, digest in expected.items():
+            if sha256_file(folder / name) != digest:
+                raise UserError(f"{folder / name}: is not what was written: damaged; {mend}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{sums}: does not fit the files beside it ({error}); {mend}") from None

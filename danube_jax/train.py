@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from danube_jax import command_line
 from danube_jax.errors import EXIT_INTERRUPTED, RunError
+from danube_jax.interruption import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/; override values with --config.key=value."
@@ -25,6 +27,9 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for a run of several processes."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 100, "How long a process may be silent before the others give up.", 5
+)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
 
 
@@ -35,19 +40,20 @@ def main(argv: Sequence[str]) -> int:
     workdir = Path(_WORKDIR.value or Path("runs") / run.name)
 
     from danube_jax.training.mesh import initialize_distributed
-    from danube_jax.training.signals import Interrupted, StopRequest
+    from danube_jax.training.signals import StopRequest
 
     with StopRequest() as stop:
         try:
-            initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-            from danube_jax.training.loop import train
+            several = initialize_distributed(
+                _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value
+            )
+            if not several:
+                return _train(run, workdir, stop)
+            from danube_jax.training.peers import name_lost_peers, one_of_several
 
-            try:
-                status = train(run, workdir, stop)
-            except RunError:
-                _report(workdir)
-                raise
-            _report(workdir)
+            status = 0
+            with one_of_several(), name_lost_peers():
+                status = _train(run, workdir, stop)
             return status
         except Interrupted as interrupted:
             print(
@@ -55,6 +61,18 @@ def main(argv: Sequence[str]) -> int:
                 file=sys.stderr,
             )
             return EXIT_INTERRUPTED
+
+
+def _train(run: Any, workdir: Path, stop: Any) -> int:
+    from danube_jax.training.loop import train
+
+    try:
+        status = train(run, workdir, stop)
+    except RunError:
+        _report(workdir)
+        raise
+    _report(workdir)
+    return status
 
 
 def _report(workdir: Path) -> None:

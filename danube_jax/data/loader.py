@@ -4,21 +4,25 @@ The element at index t is the batch of step t, so the loader's state is the step
 is starting at that index, with any number of processes, devices and workers.
 """
 
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 
 import grain
 import numpy as np
 from absl import flags
 
 from danube_jax.config import DataConfig, RunConfig
+from danube_jax.console import warn
 from danube_jax.data.phases import Phase, PhaseSchedule, SampleOrder, check_repetition
 from danube_jax.data.token_store import TokenStore
-from danube_jax.errors import UserError
+from danube_jax.errors import RunError, UserError
 
 Batch = dict[str, np.ndarray]
 
 AUTO_VERIFY_BYTES = 8 * 2**30
 READ_THREADS = 2
+MAX_WORKER_DEATHS = 3  # with fewer batches than this between one and the next:
+FORGIVING_BATCHES = 1_000
 
 
 def open_stores(
@@ -197,9 +201,67 @@ def make_loader(
     ahead = -(-prefetch // workers)
     return iter(
         dataset.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead),
+            worker_init_fn=_leave_interrupts_to_the_parent,
         )
     )
+
+
+class WorkersDied(RunError):
+    """The loader's workers died again and again."""
+
+
+def read_batches(
+    source: BatchSource,
+    start_step: int,
+    stop_step: int,
+    *,
+    num_workers: int = 0,
+    prefetch: int = 4,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[Batch]:
+    """The batches of `make_loader`, with workers that died replaced: what they read is the same.
+
+    Args:
+      source, start_step, stop_step, num_workers, prefetch: as for `make_loader`.
+      stopping: says, when a worker has died, whether to end early instead; a signal to all
+        processes of a job reaches the workers, too.
+
+    Raises:
+      WorkersDied: more than `MAX_WORKER_DEATHS` times, less than `FORGIVING_BATCHES` apart.
+      UserError: what a worker could not read.
+    """
+    step, deaths, last_death = start_step, 0, start_step
+    while step < stop_step:
+        batches = make_loader(source, step, stop_step, num_workers=num_workers, prefetch=prefetch)
+        try:
+            for batch in batches:
+                yield batch
+                step += 1
+            return
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # Grain has no class for it
+                raise
+            if stopping():
+                return
+            deaths = deaths + 1 if step - last_death < FORGIVING_BATCHES else 1
+            last_death, code = step, str(error).partition("exit code ")[2].partition(".")[0]
+            if deaths > MAX_WORKER_DEATHS:
+                raise WorkersDied(
+                    f"a data loader worker died for the {deaths}th time (exit code {code}), at "
+                    f"batch {step + 1}: it may have run out of memory; lower "
+                    "config.data.num_workers or config.data.prefetch (0 workers read with "
+                    "threads) and run the same command again"
+                ) from None
+            warn(f"a data loader worker died (exit code {code}) at batch {step + 1}: restarting")
+        finally:
+            batches.close()
+
+
+def _leave_interrupts_to_the_parent(worker: int, workers: int) -> None:
+    """Control-C reaches all processes of a terminal; the parent ends its workers."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def heldout_batches(

@@ -224,9 +224,14 @@ class TokenStore:
         # Not np.load: it parses the header with `ast`, which fails now and then when threads do so
         # at once (Python 3.11). The header's size follows from the file's, checked by `open`.
         path = self.path / name
-        header = path.stat().st_size - count * dtype.itemsize
-        # A plain view slices several times faster than the memmap subclass.
-        return np.memmap(path, dtype, "r", header, (count,)).view(np.ndarray)
+        try:
+            header = path.stat().st_size - count * dtype.itemsize
+            # A plain view slices several times faster than the memmap subclass.
+            return np.memmap(path, dtype, "r", header, (count,)).view(np.ndarray)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be read any more ({error}); it was whole when the store was opened"
+            ) from None
 
 
 def _offsets_of(shard: Mapping[str, Any]) -> int:
@@ -253,6 +258,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file}: format version {manifest.get('version')!r} is unknown; this program reads "
             f"version {FORMAT_VERSION}: prepare the data again or update the program"
         )
+    files.check_seal(manifest, str(file))
     return manifest
 
 

@@ -134,7 +134,7 @@ class TokenStoreWriter:
         for key in ("tokens", "documents", "bytes"):
             manifest[key] = sum(shard[key] for shard in self._shards)
         manifest |= {"shards": self._shards, "provenance": self._settings["provenance"]}
-        files.write_json(self.path / MANIFEST, manifest)
+        files.write_json(self.path / MANIFEST, files.seal(manifest))
         self._ledger.close()
         (self.path / LEDGER).unlink()
         return TokenStore.open(self.path)
@@ -144,6 +144,8 @@ class TokenStoreWriter:
             fcntl.flock(self._ledger, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.path}: another process is preparing this store") from None
+        for leftover in self.path.glob(".*.tmp"):  # of a killed preparation
+            leftover.unlink()
         self._ledger.seek(0)
         lines = self._ledger.read().split(b"\n")[:-1]  # a line torn by a kill has no end
         self._ledger.truncate(sum(len(line) + 1 for line in lines))

@@ -19,7 +19,7 @@ from danube_jax.interop import hf_config, safetensors_file, weight_files
 from danube_jax.interop.folders import check_output
 from danube_jax.interop.hf_tokenizer import export_tokenizer
 from danube_jax.interop.model_card import model_card
-from danube_jax.interop.model_source import LeafReader, ModelSource
+from danube_jax.interop.model_source import TOKENIZER, LeafReader, ModelSource
 from danube_jax.interop.peft import write_adapter
 from danube_jax.interop.verify import Comparison, verify_adapter, verify_model
 
@@ -135,6 +135,8 @@ def _tokenizer(source: ModelSource, options: ExportOptions) -> Tokenizer | None:
     try:
         tokenizer = source.tokenizer()
     except UserError as error:
+        if (source.path / TOKENIZER).is_dir():  # it has one, and it is damaged
+            raise
         warn(f"exporting without a tokenizer: {error}")
         if options.chat_template not in ("", "none"):
             raise UserError(

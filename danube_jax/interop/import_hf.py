@@ -76,13 +76,14 @@ def import_model(model: Path, output: Path, *, overwrite: bool = False) -> Impor
             "config": {"name": model.resolve().name, "model": dataclasses.asdict(config)},
             "huggingface": content,
         }
-        files.write_json(folder / hf_config.CONFIG_FILE, saved)
+        files.write_json(folder / hf_config.CONFIG_FILE, files.seal(saved))
         generation = model / hf_config.GENERATION_FILE
         if generation.is_file():
             content = hf_config.read_json(generation)
             files.write_json(folder / hf_config.GENERATION_FILE, content)
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER)
+            files.write_sums(folder / TOKENIZER)
         _write_weights(weights, folder, model)
     dtypes = tuple(sorted({str(weights.dtype(leaf)) for leaf in layout(config)}))
     parameters = sum(int(np.prod(t.shape)) for t in weights.tensors.values())

@@ -70,6 +70,7 @@ class ModelSource:
         if self.kind == "huggingface":
             return open_tokenizer(self.path)
         if (self.path / TOKENIZER).is_dir():
+            files.check_sums(self.path / TOKENIZER)
             return open_tokenizer(self.path / TOKENIZER)
         if self.base is not None:
             return self.base.tokenizer()
@@ -399,6 +400,7 @@ def _generation(path: Path) -> Mapping[str, Any]:
 
 
 def _open_workdir(path: Path, saved: Mapping[str, Any], step: int | None) -> ModelSource:
+    files.check_seal(saved, str(path / hf_config.CONFIG_FILE))
     try:
         model = saved["config"]["model"]
     except (KeyError, TypeError):

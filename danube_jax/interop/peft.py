@@ -236,11 +236,12 @@ def import_adapter(
                 "model": dataclasses.asdict(source.config),
             },
         }
-        files.write_json(folder / hf_config.CONFIG_FILE, saved)
+        files.write_json(folder / hf_config.CONFIG_FILE, files.seal(saved))
         if any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             from danube_jax.data.tokenizer import open_tokenizer
 
             open_tokenizer(model).save(folder / TOKENIZER)
+            files.write_sums(folder / TOKENIZER)
         total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
         meta = {**IMPORTED_META, "imported_from": str(model), "lora": record}
         with progress(f"importing {model}", total, "MB") as advance:

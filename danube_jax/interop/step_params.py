@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import future as ocp_future
 
+from danube_jax import files
 from danube_jax.array_checksums import MatrixChecksum, host_checksum
 from danube_jax.errors import UserError
 from danube_jax.interop.safetensors_file import RowBlock
@@ -56,6 +57,7 @@ class StepParams:
         try:
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
                 self.meta: dict[str, Any] = checkpointer.restore(self.path / META)
+            files.check_seal(self.meta, str(self.path / META))
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 tree = checkpointer.metadata(self.path / STATE).item_metadata.tree
             self._prefix = "['params']" if set(tree) == {"params"} else ".params"
@@ -196,10 +198,10 @@ def save_params(
             checkpointer.save(step_folder, args=ocp.args.Composite(**args))
         checksums = {
             "['params']" + "".join(f"[{key!r}]" for key in path): value
-            for path, value in handler.checksums.items()
+            for path, value in sorted(handler.checksums.items())
         }
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            content = {**meta, "checksums": checksums}
+            content = files.seal({**meta, "checksums": checksums})
             checkpointer.save(step_folder / META, args=ocp.args.JsonSave(content), force=True)
     except Exception as error:
         cause = handler.error or error

@@ -49,6 +49,8 @@ LOSS_KEYS = ("loss", "nll")
 QUIET = (  # said elsewhere, or the same as another curve
     "skipped",
     "skipped_in_a_row",
+    "loss_bound",
+    "grad_norm_bound",
     "tokens_per_second_per_device",
     "memory_bytes",
 )

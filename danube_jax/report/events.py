@@ -26,13 +26,20 @@ def describe(event: Mapping[str, Any]) -> str:
         "phase": lambda: f"Phase {event.get('phase')!s}: context {_count(event.get('context'))}.",
         "skipped": lambda: (
             f"Update skipped: loss {_figure(event.get('loss'))}, gradient norm "
-            f"{_figure(event.get('grad_norm'))}."
+            f"{_figure(event.get('grad_norm'))}{_bounds(event)}."
         ),
         "stopped": lambda: "Asked to stop; saved.",
         "diverged": lambda: f"Gave up after {_count(event.get('in_a_row'))} skipped updates.",
         "finished": lambda: "Finished.",
     }
     return known[kind]() if kind in known else kind.replace("_", " ")
+
+
+def _bounds(event: Mapping[str, Any]) -> str:
+    """What the spike guard allowed, where it refused the update."""
+    keys = {"loss_bound": "loss", "grad_norm_bound": "gradient norm"}
+    parts = [f"{name} {_figure(event[key])}" for key, name in keys.items() if key in event]
+    return f"; the spike guard allowed a {' and a '.join(parts)}" if parts else ""
 
 
 def marks_of(run: RunFolder) -> list[Mark]:

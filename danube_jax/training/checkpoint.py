@@ -6,19 +6,23 @@ what is saved, and again from what was restored, so that they cover disk, transf
 they do not depend on the number of devices.
 """
 
+import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from danube_jax import files
 from danube_jax.array_checksums import host_checksum, named_checksums
 from danube_jax.config import CheckpointConfig
 from danube_jax.console import warn
-from danube_jax.errors import UserError
+from danube_jax.errors import DISK_ERRORS, UserError
 
 PyTree = Any
 
@@ -68,8 +72,10 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    meta=ocp.args.JsonSave(meta | {"checksums": named_checksums(state)}),
+                    state=ocp.args.StandardSave(_stored(state)),
+                    meta=ocp.args.JsonSave(
+                        files.seal(meta | {"checksums": named_checksums(state)})
+                    ),
                 ),
                 force=True,
             )
@@ -121,18 +127,56 @@ class Checkpointer:
         return None
 
     def _restore(self, step: int, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        stored, fresh = self._match_optional(step, abstract_state)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(stored), meta=ocp.args.JsonRestore()
             ),
         )
-        expected = restored["meta"]["checksums"]
-        found = named_checksums(restored["state"])
+        state, meta = restored["state"], restored["meta"]
+        if dataclasses.is_dataclass(abstract_state):
+            state = dataclasses.replace(abstract_state, **state | fresh)
+        found = {
+            name: value
+            for name, value in named_checksums(state).items()
+            if not name.startswith(tuple(f".{part}" for part in fresh))
+        }
+        files.check_seal(meta, "meta")
+        expected = meta["checksums"]
         wrong = sorted(name for name in found if found[name] != expected.get(name))
         if wrong:
             raise ValueError(f"checksum of {wrong[0]} differs ({len(wrong)} of {len(found)})")
-        return restored["state"], restored["meta"]
+        return state, meta
+
+    def _match_optional(self, step: int, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """What to ask for, and the optional parts that begin afresh.
+
+        These are the ones that the checkpoint lacks, has in another shape, or has and the run does
+        not: the last are read and dropped.
+        """
+        stored, fresh = _stored(abstract_state), {}
+        for name in _optional_fields(abstract_state):
+            state = ocp.PyTreeCheckpointHandler().metadata(self._directory / str(step) / "state")
+            found, wanted = state.tree.get(name, {}), getattr(abstract_state, name)
+            if _shapes(found) == _shapes(wanted):
+                continue
+            stored.pop(name, None)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+            zeros = jax.jit(
+                lambda tree=wanted: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree),
+                out_shardings=shardings,
+            )
+            fresh[name] = zeros() if jax.tree.leaves(wanted) else wanted
+            if found:
+                anywhere = jax.tree.leaves(abstract_state)[0].sharding  # of a scalar
+                stored[name] = jax.tree.map(
+                    lambda leaf, sharding=anywhere: jax.ShapeDtypeStruct(
+                        leaf.shape, leaf.dtype, sharding=sharding
+                    ),
+                    found,
+                )
+        return stored, fresh
 
     def _set_aside(self, step: int) -> None:
         """Moves a damaged step out of the way, so that the run can write that step again."""
@@ -153,6 +197,29 @@ class Checkpointer:
             self._manager.close()
 
 
+def _optional_fields(state: PyTree) -> list[str]:
+    """Fields of a dataclass that a checkpoint holds only where they are not empty."""
+    if not dataclasses.is_dataclass(state):
+        return []
+    return [field.name for field in dataclasses.fields(state) if field.metadata.get("optional")]
+
+
+def _stored(state: PyTree) -> PyTree:
+    """What a checkpoint holds of a state: a dataclass as a dict, without empty optional fields."""
+    if not dataclasses.is_dataclass(state):
+        return state
+    optional = _optional_fields(state)
+    return {
+        field.name: getattr(state, field.name)
+        for field in dataclasses.fields(state)
+        if field.name not in optional or jax.tree.leaves(getattr(state, field.name))
+    }
+
+
+def _shapes(tree: PyTree) -> list[tuple[int, ...]]:
+    return sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
 def read_part(step_folder: Path, name: str, abstract: PyTree) -> PyTree:
     """One field of the `TrainState` in a checkpoint as NumPy arrays, verified.
 
@@ -169,7 +236,9 @@ def read_part(step_folder: Path, name: str, abstract: PyTree) -> PyTree:
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            expected = checkpointer.restore(folder / "meta")["checksums"]
+            meta = checkpointer.restore(folder / "meta")
+        files.check_seal(meta, "meta")
+        expected = meta["checksums"]
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             args = ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
             part = checkpointer.restore(folder / "state", args=args)[name]
@@ -199,7 +268,7 @@ class _write_errors:
         if error is None or not isinstance(error, Exception) or isinstance(error, UserError):
             return
         text = " ".join(str(error).split())
-        known = re.search(r"No space left on device|Disk quota exceeded|Permission denied", text)
+        known = re.search("|".join(os.strerror(number) for number in DISK_ERRORS), text)
         cause = known[0] if known else text[:300]
         raise UserError(
             f"{self._directory}: checkpoint {self._step} could not be written: {cause}; "

@@ -11,13 +11,15 @@ the steps run again are dropped; those of `HISTORY` stay.
   init_from       `source`: what the weights were initialised from
   data_changed    `changes`
   phase           `phase`, `context`
-  skipped         `loss`, `grad_norm`, `in_a_row`, `in_all`: an update that was not finite
+  skipped         `loss`, `grad_norm`, `in_a_row`, `in_all`: an update that was not finite or, with
+                  the bound in `loss_bound` or `grad_norm_bound`, that the spike guard refused
   stopped         asked to stop, and saved
   diverged        `in_a_row`: the run gave up
   finished        `unigram`: nats a held-out token under token frequencies, a source
 """
 
 import importlib.metadata
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -100,7 +102,7 @@ class EventLog:
             self.record(DATA_CHANGED, step, changes=list(data_changes))
 
     def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records an update that was not finite, from the step's metrics."""
+        """Records an update that was skipped, from the step's metrics."""
         self.record(
             SKIPPED,
             step,
@@ -108,6 +110,11 @@ class EventLog:
             grad_norm=metrics["grad_norm"],
             in_a_row=metrics["skipped_in_a_row"],
             in_all=metrics["skipped"],
+            **{
+                f"{key}_bound": metrics[f"{key}_bound"]
+                for key in ("loss", "grad_norm")
+                if metrics[key] > metrics.get(f"{key}_bound", math.inf)
+            },
         )
 
 

@@ -4,9 +4,11 @@ It is the same loop for every objective. All that a run is stands in its config,
 its checkpoint; everything here can be stopped at any moment and started again.
 """
 
+import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 from danube_jax.config import RunConfig
 from danube_jax.console import console, info, warn
-from danube_jax.data.loader import make_loader
+from danube_jax.data.loader import WorkersDied, read_batches
 from danube_jax.data.phases import describe_mismatch
 from danube_jax.errors import EXIT_INTERRUPTED, RunError, UserError
 from danube_jax.evaluation.in_loop import open_benchmarks
 from danube_jax.inference.generate import Generator
 from danube_jax.inference.sampling import SamplingConfig
+from danube_jax.interruption import Interrupted
 from danube_jax.models.decoder import Decoder, flops_per_token
 from danube_jax.training.checkpoint import Checkpointer
 from danube_jax.training.dtypes import DTYPES, linear_dtype
@@ -43,6 +46,7 @@ from danube_jax.training.rounds import (
 )
 from danube_jax.training.run_data import open_run_data
 from danube_jax.training.signals import StopRequest
+from danube_jax.training.spike_guard import SpikeGuard
 from danube_jax.training.step import (
     TrainState,
     init_state,
@@ -133,6 +137,17 @@ def run_task(task: Task, stop: StopRequest) -> int:
         trainer.close()
 
 
+def skip_reason(metrics: Mapping[str, Any]) -> str:
+    """Why a step's update was skipped, from its metrics."""
+    for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        bound = metrics.get(f"{key}_bound", math.inf)
+        if not math.isfinite(metrics[key]):
+            return f"the {name} is not finite"
+        if metrics[key] > bound:
+            return f"the {name} is a spike (the spike guard's bound is {bound:.4g})"
+    return "the spike guard refused it"
+
+
 @dataclasses.dataclass
 class _Pending:
     """A dispatched step whose metrics are still on the device."""
@@ -168,7 +183,7 @@ class Trainer:
         self.data_changes: list[str] = []
         self.state = self._restore_or_init()
         self.source = task.begin(self.source, self.frozen, self.evaluator)
-        self.step = int(self.state.step)
+        self.step = self.saved_step = int(self.state.step)
         self.writer = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
         self.events = EventLog(self.writer, run.model, self.schedule, self.last_step)
         self.display = TrainingDisplay(self.schedule, self.last_step)
@@ -181,6 +196,8 @@ class Trainer:
         run, dtype = self.config, DTYPES[self.config.precision.compute]
         self.decoder = Decoder(run.model, dtype, linear_dtype(run.precision))
         self.optimizer = make_optimizer(run.optimizer)
+        guard = run.training.spike_guard, run.training.spike_guard_window
+        self.spike_guard = SpikeGuard(*guard) if guard[0] else None
         has_frozen = self.task.has_frozen
         abstract = jax.eval_shape(self._fresh_state)
         specs = state_specs(abstract, self.mesh.size, run.training.zero1)
@@ -199,6 +216,7 @@ class Trainer:
             count_name=self.task.count_name,
             has_frozen=has_frozen,
             fp8_config=run.precision.fp8_config,
+            spike_guard=self.spike_guard,
             **layout,
         )
         objective = self.task.eval_objective(self.decoder)
@@ -222,7 +240,8 @@ class Trainer:
     def _fresh_state(self) -> TrainState:
         key = jax.random.key(self.config.training.seed)
         fp8_config = self.config.precision.fp8_config
-        return init_state(self.task.fresh_params(key), self.optimizer, fp8_config)
+        params = self.task.fresh_params(key)
+        return init_state(params, self.optimizer, fp8_config, self.spike_guard)
 
     def _restore_or_init(self) -> TrainState:
         restored = self.checkpointer.restore_latest(self.abstract_state)
@@ -270,7 +289,8 @@ class Trainer:
         announce(self.config, self.workdir, self.schedule, self.task.notes())
         if 0 < self.step < self.last_step:
             info(f"resuming at step {self.step} of {self.last_step}")
-        stop.defer()
+        if jax.process_count() > 1:  # one process cannot stop on its own
+            stop.defer()
         if self.step >= self.last_step:
             if not self._evaluate_if_missing(stop):
                 return EXIT_INTERRUPTED
@@ -283,7 +303,12 @@ class Trainer:
             interrupted = not self._evaluate_if_missing(stop)
         if not interrupted:
             with self.display:
-                interrupted = self._train_steps(stop)
+                try:
+                    interrupted = self._train_steps(stop)
+                except WorkersDied:
+                    if jax.process_count() == 1:
+                        self._save()
+                    raise
         self.checkpointer.wait()
         if interrupted:
             self.events.record(STOPPED, self.step)
@@ -297,7 +322,7 @@ class Trainer:
         config = self.config.checkpoint
         pending: _Pending | None = None
         frozen = () if self._frozen_argument is None else (self._frozen_argument,)
-        for batch, data_wait, host_metrics in self._device_batches():
+        for batch, data_wait, host_metrics in self._device_batches(stop):
             if pending is not None and self.schedule.phase_at_step(self.step) is not self.phase:
                 self._finish(pending)
                 pending = None
@@ -306,6 +331,7 @@ class Trainer:
                 self.state, batch, self._stop_flags(stop), *frozen
             )
             self.step += 1
+            stop.defer()
             if pending is not None:
                 self._finish(pending)
             pending = _Pending(self.step, batch["tokens"].size, data_wait, host_metrics, metrics)
@@ -325,28 +351,34 @@ class Trainer:
                 return True
             if pending is None:  # compiling, saving and evaluating are not the speed of training
                 self.throughput.reset()
+        if self.step < self.last_step:  # the loader's workers were stopped, too
+            self._save()
+            return True
         return False
 
     def _device_batches(
-        self,
+        self, stop: StopRequest
     ) -> Iterator[tuple[dict[str, jax.Array], float, dict[str, float]]]:
         """Global batches from the next step on, one transferred ahead.
 
         With the seconds waited for each, and the task's figures of it.
         """
-        loader = make_loader(
+        alone = jax.process_count() == 1
+        batches = read_batches(
             self.source,
             self.step,
             self.last_step,
             num_workers=self.config.data.num_workers,
             prefetch=self.config.data.prefetch,
+            stopping=lambda: alone and stop.requested,
         )
-        iterator = iter(loader)
         ahead: tuple[dict[str, jax.Array], float, dict[str, float]] | None = None
-        for _ in range(self.step, self.last_step):
+        while True:
             start = time.perf_counter()
-            host_batch = next(iterator)
+            host_batch = next(batches, None)
             waited = time.perf_counter() - start
+            if host_batch is None:
+                break
             device_batch = put_batch(self.mesh, host_batch)
             if ahead is not None:
                 yield ahead
@@ -378,6 +410,9 @@ class Trainer:
     def _finish(self, pending: _Pending) -> None:
         """Fetches a step's metrics, acts on them, and logs them where due."""
         metrics = {key: value.item() for key, value in jax.device_get(pending.metrics).items()}
+        for key in ("loss_bound", "grad_norm_bound"):  # the spike guard's, once it judges
+            if metrics.get(key) == math.inf:
+                del metrics[key]
         self.stop_agreed |= metrics.pop("stop") > 0
         self.throughput.add(pending.tokens, pending.data_wait)
         if metrics["skipped_in_a_row"]:
@@ -406,7 +441,8 @@ class Trainer:
         limit = self.config.training.max_skipped_steps
         warn(
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: "
-            f"update skipped ({metrics['skipped_in_a_row']} in a row, {metrics['skipped']} in all)"
+            f"{skip_reason(metrics)}: update skipped ({metrics['skipped_in_a_row']} in a row, "
+            f"{metrics['skipped']} in all)"
         )
         self.events.skipped(step, metrics)
         if metrics["skipped_in_a_row"] >= limit:
@@ -414,12 +450,17 @@ class Trainer:
             self.checkpointer.wait()
             steps = self.checkpointer.steps()
             raise RunError(
-                f"{limit} updates in a row were not finite, at step {step}: the run has diverged; "
+                f"{limit} updates in a row were skipped, at step {step}, the last one since "
+                f"{skip_reason(metrics)}: the run has diverged; "
                 f"the last checkpoint is {f'step {steps[-1]}' if steps else 'none yet'}; lower "
                 "optimizer.learning_rate or optimizer.clip_norm and start again from there"
             )
 
     def _save(self) -> None:
+        """Begins to write a checkpoint, unless this step has one."""
+        if self.step == self.saved_step:
+            return
+        self.saved_step = self.step
         self.checkpointer.save(
             self.step,
             self.state,
@@ -444,8 +485,30 @@ class Trainer:
     def _evaluate_if_missing(self, stop: StopRequest) -> bool:
         """Evaluates and samples at this step, unless metrics.jsonl has it from before a stop.
 
-        False where benchmarks were stopped before they were done.
+        False where a signal came, and what is missing is left for later: it may take longer than
+        the notice that a machine gives. A run of several processes finishes it, since none of them
+        can leave alone.
         """
+        alone = jax.process_count() == 1
+        if alone and stop.requested:
+            return False
+        try:
+            with stop.at_once() if alone else contextlib.nullcontext():
+                self._evaluate_heldout_if_missing()
+        except Interrupted as interrupted:
+            if not stop.deferred:
+                raise
+            warn(f"{interrupted}: saving, then stopping; once more ends at once")
+            return False
+        if not self.benchmarks.due(self.step, self.last_step):
+            return True
+        tokens = self.schedule.tokens_at_step(self.step)
+        params = self._whole_params() if self.config.lora.rank else self.state.params
+        return self.benchmarks.run_if_missing(
+            params, self.step, tokens, self.writer, lambda: stop.requested
+        )
+
+    def _evaluate_heldout_if_missing(self) -> None:
         at_start = self.step == 0 and self.config.evaluation.at_start
         missing = (
             self.writer is not None
@@ -458,13 +521,6 @@ class Trainer:
         if missing:
             self._evaluate()
             self._sample()
-        if not self.benchmarks.due(self.step, self.last_step):
-            return True
-        tokens = self.schedule.tokens_at_step(self.step)
-        params = self._whole_params() if self.config.lora.rank else self.state.params
-        return self.benchmarks.run_if_missing(
-            params, self.step, tokens, self.writer, lambda: stop.requested
-        )
 
     def _whole_params(self) -> Any:
         """Adapters merged into their base, on every device."""

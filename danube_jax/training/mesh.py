@@ -14,17 +14,23 @@ from danube_jax.console import warn
 from danube_jax.errors import UserError
 
 DATA_AXIS = "data"
+HEARTBEAT_SECONDS = 100
 
 
 def initialize_distributed(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-) -> None:
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+) -> bool:
     """Joins the processes of a multi-host run; a single process needs nothing.
 
     The explicit arguments win; otherwise SLURM's and Open MPI's environment variables are used
-    where they name more than one process.
+    where they name more than one process. `heartbeat_seconds`: a process that is silent for longer
+    is taken for dead, and the others end.
+
+    Returns:
+      Whether there are several.
 
     Raises:
       UserError: the explicit arguments are incomplete, or the other processes cannot be reached.
@@ -42,13 +48,16 @@ def initialize_distributed(
             "process_id": process_id,
         }
     elif not has_launcher(os.environ):
-        return
+        return False
     else:
         arguments = {"local_device_ids": local_device_ids(os.environ)}
+    # JAX would take SIGTERM for itself; a run has its own way to stop (training/signals.py).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_seconds)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"the processes of this run could not be joined: {error}") from error
+    return True
 
 
 def has_launcher(environment: Mapping[str, str]) -> bool:

@@ -110,14 +110,18 @@ class MetricsWriter:
         """The rows up to `resume_step`; the file is replaced by them."""
         if not self._path.exists():
             return []
-        rows = []
-        for number, line in enumerate(self._path.read_text().splitlines(), 1):
+        rows, lines = [], self._path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):  # a line torn by a kill has no end
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that a killed run was writing; nothing older follows it
-            if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
-                raise UserError(f"{self._path}, line {number}: not a row of metrics; move it away")
+                fine = {"kind", "step"} <= row.keys() and isinstance(row["step"], int)
+            except (ValueError, AttributeError):
+                fine = False
+            if not fine:
+                raise UserError(
+                    f"{self._path}, line {number}: not a row of metrics: damaged; remove the line, "
+                    "or move the file away to begin another"
+                )
             if row["step"] <= resume_step or row.get("event") in HISTORY:
                 rows.append(row)
             if row["kind"] == "train":

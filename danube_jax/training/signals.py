@@ -1,23 +1,20 @@
 """SIGTERM and SIGINT: the first asks the run to save and stop, the second ends it at once."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from danube_jax.console import warn
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Interrupted(Exception):
-    """A signal arrived before there was anything to save."""
+from danube_jax.interruption import SIGNALS, raise_interrupted
 
 
 class StopRequest:
     """Context in which signals set `requested` instead of ending the process.
 
-    Until `defer` is called there is no training state, and the first signal raises `Interrupted`.
+    Until `defer` is called there is nothing to save, and the first signal raises `Interrupted`.
     """
 
     def __init__(self) -> None:
@@ -38,11 +35,29 @@ class StopRequest:
         """From now on the first signal only sets `requested`."""
         self._deferred = True
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    @property
+    def deferred(self) -> bool:
+        """Whether the first signal only sets `requested`."""
+        return self._deferred
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a first signal leaves by `Interrupted`: long, and as well done later."""
+        deferred, self._deferred = self._deferred, False
+        try:
+            yield
+        finally:
+            self._deferred = deferred
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             os._exit(128 + number)
         self.requested = True
-        name = signal.Signals(number).name
+        self._react(number, frame)
+
+    def _react(self, number: int, frame: FrameType | None) -> None:
         if not self._deferred:
-            raise Interrupted(name)
+            raise_interrupted(number, frame, self._react)
+            return
+        name = signal.Signals(number).name
         warn(f"{name}: saving after this step, then stopping; once more ends at once")

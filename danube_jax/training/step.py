@@ -27,6 +27,7 @@ from danube_jax.config import Fp8Config
 from danube_jax.training import fp8_scaling, weight_sums
 from danube_jax.training.mesh import DATA_AXIS, shard_spec, sharded_dim
 from danube_jax.training.objectives import Objective, counted
+from danube_jax.training.spike_guard import SpikeGuard, init_history, judge
 from danube_jax.training.weight_sums import is_sum
 
 PyTree = Any
@@ -35,6 +36,8 @@ Join = Callable[[PyTree], PyTree]
 
 # On a GPU. Triton's matmuls can neither add to an accumulator in place nor, in FP8, take scales.
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# Marks a field that checkpoints hold only where it is not empty; a fresh one is all zeros.
+OPTIONAL = {"optional": True}
 
 
 @flax.struct.dataclass
@@ -42,9 +45,11 @@ class TrainState:
     """All that a run carries from step to step.
 
     step: int32 scalar, optimizer steps done, skipped ones included; it is the loader's position.
-    skipped: int32 scalar, updates skipped for a non-finite loss or gradient, in all.
+    skipped: int32 scalar, updates skipped in all: for a loss or gradient that is not finite, or
+      that the spike guard refuses.
     skipped_in_a_row: int32 scalar, of these the latest consecutive ones.
     fp8: `fp8_scaling.Fp8State`; {} where nothing is in FP8.
+    spikes: `spike_guard.SpikeHistory`; {} without a spike guard, and then not in a checkpoint.
     """
 
     step: jax.Array
@@ -53,21 +58,31 @@ class TrainState:
     skipped: jax.Array
     skipped_in_a_row: jax.Array
     fp8: PyTree = flax.struct.field(default_factory=dict)
+    spikes: PyTree = flax.struct.field(default_factory=dict, metadata=OPTIONAL)
 
 
 def init_state(
-    params: PyTree, optimizer: optax.GradientTransformation, fp8_config: Fp8Config | None = None
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    fp8_config: Fp8Config | None = None,
+    spike_guard: SpikeGuard | None = None,
 ) -> TrainState:
-    """A fresh state around float32 `params`; `fp8_config` is None where nothing is in FP8."""
+    """A fresh state around float32 `params`.
+
+    `fp8_config` is None where nothing is in FP8, `spike_guard` where there is none.
+    """
     step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     scales = {} if fp8_config is None else fp8_scaling.init_fp8_state(params, fp8_config)
-    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row, scales)
+    spikes = {} if spike_guard is None else init_history(spike_guard)
+    opt_state = optimizer.init(params)
+    return TrainState(step, params, opt_state, skipped, skipped_in_a_row, scales, spikes)
 
 
 def state_specs(state: TrainState, num_devices: int, zero1: bool) -> TrainState:
     """The PartitionSpec of every leaf of a (possibly abstract) state."""
     specs = jax.tree.map(lambda leaf: shard_spec(leaf.shape, num_devices if zero1 else 1), state)
-    return specs.replace(fp8=jax.tree.map(lambda _: P(), state.fp8))
+    fp8, spikes = (jax.tree.map(lambda _: P(), part) for part in (state.fp8, state.spikes))
+    return specs.replace(fp8=fp8, spikes=spikes)
 
 
 def state_shardings(mesh: Mesh, specs: TrainState) -> TrainState:
@@ -172,10 +187,12 @@ def update(
     learning_rate: Callable[[jax.Array], jax.Array],
     clip_norm: float,
     fp8_state: PyTree | None = None,
+    spike_guard: SpikeGuard | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step; a non-finite loss or gradient norm leaves the state as it is.
+    """One optimizer step; what is not finite, or a spike, leaves weights and moments as they are.
 
-    `fp8_state` is what comes after `state.fp8`; None where that stays.
+    `fp8_state` is what comes after `state.fp8`; None where that stays. With `spike_guard` the
+    metrics hold its bounds, `loss_bound` and `grad_norm_bound`.
     """
     grad_norm = optax.global_norm(grads)
     if clip_norm:
@@ -185,12 +202,16 @@ def update(
     rate = learning_rate(state.step)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
 
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+    accepted, spikes = jnp.isfinite(grad_norm) & jnp.isfinite(loss), state.spikes
+    bounds: dict[str, jax.Array] = {}
+    if spike_guard is not None:
+        accepted, bound_2, spikes = judge(spike_guard, state.spikes, loss, grad_norm)
+        bounds = {"loss_bound": bound_2[0], "grad_norm_bound": bound_2[1]}
 
     def keep(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
 
-    skip = 1 - finite.astype(jnp.int32)
+    skip = 1 - accepted.astype(jnp.int32)
     new_state = TrainState(
         step=state.step + 1,
         params=keep(params, state.params),
@@ -198,6 +219,7 @@ def update(
         skipped=state.skipped + skip,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
         fp8=state.fp8 if fp8_state is None else keep(fp8_state, state.fp8),
+        spikes=spikes,
     )
     metrics = {
         "grad_norm": grad_norm,
@@ -205,7 +227,7 @@ def update(
         "skipped": new_state.skipped,
         "skipped_in_a_row": new_state.skipped_in_a_row,
     }
-    return new_state, metrics
+    return new_state, metrics | bounds
 
 
 def make_train_step(
@@ -221,6 +243,7 @@ def make_train_step(
     count_name: str = "valid_tokens",
     fp8_config: Fp8Config | None = None,
     sum_in_place: bool = True,
+    spike_guard: SpikeGuard | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step ``(state, batch, stop_D) -> (state, metrics)``; `state` is donated.
 
@@ -270,6 +293,7 @@ def make_train_step(
             learning_rate=learning_rate,
             clip_norm=clip_norm,
             fp8_state=fp8_state,
+            spike_guard=spike_guard,
         )
         return state, means | metrics | {count_name: valid, "stop": stop}
 

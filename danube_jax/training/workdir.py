@@ -36,6 +36,8 @@ FREE_KEYS = (
     "training.max_steps",
     "training.log_every",
     "training.max_skipped_steps",
+    "training.spike_guard",
+    "training.spike_guard_window",
     "evaluation",
     "evals",
     "samples",
@@ -75,7 +77,7 @@ def claim_workdir(workdir: Path, run: RunConfig) -> None:
         reason = error.strerror or error
         raise UserError(f"--workdir={workdir}: cannot be made: {reason}") from error
     saved = {"danube_jax": danube_jax.__version__, "config": to_dict(run)}
-    files.write_json(workdir / CONFIG_FILE, saved)
+    files.write_json(workdir / CONFIG_FILE, files.seal(saved))
 
 
 def has_checkpoints(workdir: Path) -> bool:
@@ -89,6 +91,7 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     if not (workdir / TOKENIZER).exists():
         with files.atomic_folder(workdir / TOKENIZER) as folder:
             tokenizer.save(folder)
+            files.write_sums(folder)
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -99,14 +102,23 @@ def read_config(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / CONFIG_FILE
     try:
-        return json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the config of a run: {error}") from error
+        saved = json.loads(path.read_text())
+        files.check_seal(saved, str(path))
+        return saved["config"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not the config of a run, or damaged ({error}); restore it from a copy (it is "
+            "the config that the run was started with), or choose another --workdir"
+        ) from error
 
 
 def _require_same_run(path: Path, run: RunConfig) -> None:
     free = FREE_KEYS + (("data", "phases") if run.checkpoint.allow_data_change else ())
-    old = _flatten(to_dict(parse_config(read_config(path.parent))))  # with defaults of newer keys
+    try:
+        saved = parse_config(read_config(path.parent))  # with defaults of newer keys
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    old = _flatten(to_dict(saved))
     new = _flatten(to_dict(run))
     key = "init_from.path"  # however it is spelt
     if os.path.realpath(old[key]) == os.path.realpath(new[key]):

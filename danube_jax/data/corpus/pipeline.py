@@ -138,6 +138,7 @@ class _Preparation:
             return None
         # Packages may have come or gone since: their text is in the stores.
         self._refuse(_changes(self._plan_before(), self.plan | {"installed": {}}))
+        shutil.rmtree(self.work, ignore_errors=True)  # where a kill came before its removal
         info(f"data: already prepared in {self.output}")
         return Statistics.load(statistics)
 

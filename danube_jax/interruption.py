@@ -1,0 +1,100 @@
+"""SIGINT and SIGTERM as exceptions, so that a command ends with one line and a status of its own.
+
+Training has its own way with signals once there is something to save: `training/signals.py`.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from danube_jax.errors import EXIT_INTERRUPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+RETRY_SECONDS = 0.05
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to stop; its name is the text.
+
+    Not an `Exception`, or whoever handles any error of a library would take it for one.
+    """
+
+
+class KeyboardInterrupted(Interrupted, KeyboardInterrupt):
+    """The same by SIGINT, which interactive programs may catch and go on from."""
+
+
+def interrupted_by(number: int) -> Interrupted:
+    """The exception that stands for a signal."""
+    kind = KeyboardInterrupted if number == signal.SIGINT else Interrupted
+    return kind(signal.Signals(number).name)
+
+
+def raise_interrupted(
+    number: int, frame: FrameType | None, again: Callable[[int, FrameType | None], None]
+) -> None:
+    """Raises what stands for a signal; to be called by its handler.
+
+    While a module is imported, `again` is called a moment later instead: an exception that comes
+    out of the initialisation of an extension module can bring the interpreter down.
+    """
+    signal.signal(signal.SIGALRM, lambda _, frame: again(number, frame))
+    if _is_importing(frame):
+        retry()
+    else:
+        raise interrupted_by(number)
+
+
+def retry() -> None:
+    """Has the last signal handled once more in a moment.
+
+    For `sys.unraisablehook`: an exception that is raised while an object is finalised goes no
+    further than there.
+    """
+    signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def exit_on_signal() -> Iterator[None]:
+    """The first signal in the block ends the program with one line and status 75, once it has
+    cleaned up; the second ends it at once. An ignored SIGINT (nohup, say) stays ignored.
+    """
+    received = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        stop(number, frame)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise_interrupted(number, frame, stop)
+
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    try:
+        yield
+    except Interrupted as interrupted:
+        print(
+            f"{interrupted}: stopped; nothing half-written stays, and the same command starts "
+            "again or goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""Preparation, conversion and evaluation killed at any moment: whole or absent, and they go on."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import EVALUATE, FROM_HF, LIBRARIES, PREPARE, TO_HF, forks
+from killing import Command, Tally, journey
+from small_runs import tree_bytes
+from small_work import write_evaluation, write_preparation
+from tiny_folder import write_tiny_folder
+
+pytest.importorskip("datatrove")
+pytest.importorskip("lm_eval")
+pytest.importorskip("torch")
+
+MORE_LIBRARIES = (
+    "danube_jax.data.corpus.pipeline",
+    "danube_jax.evaluation.harness",
+    "danube_jax.evaluation.run",
+    "lm_eval",
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral",
+)
+# What of an output holds the time of day or how long something took.
+TIMED_OF_PREPARATION = ("statistics.json", "report.html", ".lock")
+TIMED_OF_IMPORT = ("_CHECKPOINT_METADATA", "commit_success.txt")
+KILLS_A_JOURNEY = 4
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """As in training's tests, with the libraries of the other commands."""
+    with forks(tmp_path_factory.mktemp("commands"), (*LIBRARIES, *MORE_LIBRARIES)) as started:
+        yield started
+
+
+def repeat(server, program, arguments, stages, kills, tmp_path, figures, name, check, same):
+    """Kills a command in one journey after another; outputs are compared with an undisturbed one.
+
+    Args:
+      arguments: of the command, given its output.
+      check: of (output, expected output) after a kill.
+      same: of (output, expected output) at the end.
+    """
+    begin, expected = time.monotonic(), tmp_path / "expected" / "out"
+    ended = server.run(program, *arguments(expected))
+    assert ended.status == 0, ended.err
+    seconds = time.monotonic() - begin
+
+    def start(folder: Path, log: Path, rng: np.random.Generator, hold: str):
+        delay = float(rng.choice([0.0, 0.05]))
+        return server.start(program, *arguments(folder), log=log, delay=delay, hold=hold)
+
+    def check_folder(folder: Path, stage: str) -> None:
+        check(folder, expected)
+
+    command = Command(start, stages, seconds, check_folder)
+    rng, tally = np.random.default_rng(11), Tally()
+    while tally.kills < kills:
+        output = tmp_path / f"journey{tally.journeys}" / "out"
+        left = min(KILLS_A_JOURNEY, kills - tally.kills)
+        log = tmp_path / f"log{tally.journeys}"
+        journey(command, output, log, rng, left, tally)
+        same(output, expected)
+        assert [path.name for path in output.parent.iterdir()] == ["out"], "leftovers"
+    figures(
+        f"kills of {name}",
+        kills=tally.kills,
+        journeys=tally.journeys,
+        stages=dict(tally.stages),
+        seconds=round(time.monotonic() - begin),
+        processors=os.cpu_count(),
+    )
+
+
+def whole_or_absent(leave_out=()):
+    """A check that an output is the expected one, if it is there."""
+
+    def check(output: Path, expected: Path) -> None:
+        if output.exists():
+            assert tree_bytes(output, leave_out) == tree_bytes(expected, leave_out)
+
+    return check
+
+
+def equal(leave_out=()):
+    """A check that an output is there, and the expected one."""
+
+    def check(output: Path, expected: Path) -> None:
+        found, wanted = tree_bytes(output, leave_out), tree_bytes(expected, leave_out)
+        assert found.keys() == wanted.keys()
+        assert [name for name in wanted if found[name] != wanted[name]] == []
+
+    return check
+
+
+def test_import(server, full, tmp_path, figures):
+    model = write_tiny_folder(tmp_path / "model")
+    repeat(
+        server,
+        FROM_HF,
+        lambda output: [f"--model={model}", f"--output={output}"],
+        ("import: opening", "import: writing", "import: commit"),
+        12 if full else 2,
+        tmp_path,
+        figures,
+        "import",
+        whole_or_absent(TIMED_OF_IMPORT),
+        equal(TIMED_OF_IMPORT),
+    )
+
+
+def test_export(server, full, tmp_path, figures):
+    model = tmp_path / "ours"
+    source = write_tiny_folder(tmp_path / "model")
+    assert server.run(FROM_HF, f"--model={source}", f"--output={model}").status == 0
+    repeat(
+        server,
+        TO_HF,
+        lambda output: [f"--model={model}", f"--output={output}", "--overwrite"],
+        ("export: opening", "export: writing", "export: checking", "export: commit"),
+        12 if full else 2,
+        tmp_path,
+        figures,
+        "export",
+        whole_or_absent(),
+        equal(),
+    )
+
+
+def test_preparation(server, full, tmp_path, figures):
+    config = write_preparation(tmp_path / "texts")
+
+    def check(output: Path, expected: Path) -> None:
+        """Every store that says that it is finished is whole."""
+        for manifest in output.glob("stores/*/*/store.json"):
+            folder = manifest.parent
+            assert tree_bytes(folder) == tree_bytes(expected / folder.relative_to(output))
+
+    stages = ("clean", "select", "minhash_buckets", "cluster", "tokenise", "stores", "finish")
+    repeat(
+        server,
+        PREPARE,
+        lambda output: [f"--config={config}", f"--config.output={output}"],
+        tuple(f"preparation: {stage}" for stage in stages),
+        20 if full else 2,
+        tmp_path,
+        figures,
+        "preparation",
+        check,
+        equal(TIMED_OF_PREPARATION),
+    )
+
+
+def results(folder: Path) -> dict:
+    """Scores, and every document's answers."""
+    saved = json.loads((folder / "results_piqa.json").read_text())
+    samples = (folder / "samples_piqa_piqa.jsonl").read_text()
+    return {"scores": saved["results"], "n": saved["n-samples"], "samples": samples}
+
+
+def test_evaluation(server, full, tmp_path, figures):
+    arguments = write_evaluation(tmp_path / "work")
+
+    def same(output: Path, expected: Path) -> None:
+        assert results(output) == results(expected)
+
+    repeat(
+        server,
+        EVALUATE,
+        lambda output: [*arguments, f"--output={output}"],
+        ("loading", "evaluation", "results"),
+        10 if full else 1,
+        tmp_path,
+        figures,
+        "evaluation",
+        lambda output, expected: None,
+        same,
+    )
