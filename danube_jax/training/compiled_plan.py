@@ -108,7 +108,7 @@ def plan_compiled(
 
 
 def largest_microbatch(phase: Phase, devices: int, room: float) -> int | None:
-    """Tokens of a device's largest micro-batch that divides the step's batch; None if there is none.
+    """Tokens of the largest micro-batch of a device that divides the step's batch; None if none does.
 
     `room` is how many tokens fit.
     """
