@@ -108,7 +108,7 @@ def plan_compiled(
 
 
 def largest_microbatch(phase: Phase, devices: int, room: float) -> int | None:
-    """Tokens of the largest micro-batch of a device that divides the step's batch; None if none does.
+    """Tokens of a device's largest micro-batch that fits and divides the step's batch, or None.
 
     `room` is how many tokens fit.
     """
