@@ -107,6 +107,16 @@ def plan_compiled(
     return tuple(plans)
 
 
+def largest_microbatch(phase: Phase, devices: int, room: float) -> int | None:
+    """Tokens of a device's largest micro-batch that fits and divides the step's batch, or None.
+
+    `room` is how many tokens fit.
+    """
+    rows = phase.sequences // devices
+    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * phase.context <= room]
+    return max(fitting) * phase.context if fitting else None
+
+
 def micro_step_counts(account: Account, micro_batches: int) -> MicroStepCounts:
     """Counts of a micro-batch from the account of its step."""
     kernels, runs = account.micro_step(), account.micro_batches()
@@ -152,9 +162,7 @@ def _plan(
     seconds = account.seconds(rates, aot.DEVICES_PER_HOST)
     totals = account.totals(rates, devices_per_host=aot.DEVICES_PER_HOST)
     communication = [t.seconds for t in totals if t.kind == hlo_account.COLLECTIVE]
-    rows = phase.sequences // devices
     room = step.tokens + (memory_limit - step.memory.needed) / bytes_per_token
-    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * phase.context <= room]
     return CompiledPhase(
         phases=tuple(phase.name for phase in phases),
         context_length=phase.context,
@@ -163,7 +171,7 @@ def _plan(
         counts=micro_step_counts(account, step.micro_batches),
         memory=step.memory,
         memory_limit=memory_limit,
-        largest_microbatch_tokens=max(fitting) * phase.context if fitting else None,
+        largest_microbatch_tokens=largest_microbatch(phase, devices, room),
         kernels=tuple(totals),
         step_seconds=seconds,
         collective_seconds=sum(communication),

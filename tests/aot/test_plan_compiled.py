@@ -8,12 +8,12 @@ from helpers import command
 
 from danube_jax.data.phases import PhaseSchedule
 from danube_jax.training import aot
-from danube_jax.training.compiled_plan import plan_compiled
+from danube_jax.training.compiled_plan import largest_microbatch, plan_compiled
 from danube_jax.training.hlo_account import ATTENTION_FORWARD, FP8_MATMUL, Rates
 
 pytestmark = needs_compiler
 
-LAYERS, DEVICES = 2, 8
+LAYERS, DEVICES = 1, 8
 FEW_LAYERS = f"--config.model.num_hidden_layers={LAYERS}"
 
 
@@ -58,34 +58,28 @@ def test_plan_from_the_command_line(tmp_path):
     assert step["largest_microbatch_tokens"] == 144 // DEVICES * 8_192  # the whole batch at once
 
 
-@pytest.fixture(scope="module")
-def run():
-    return make_run("danube2", num_hidden_layers=LAYERS)
-
-
-def plan(run, memory_limit):
-    """The plan of the run's only context length."""
-    lines = []
+def test_memory_grows_as_planned():
+    run = make_run("danube2", num_hidden_layers=LAYERS)
+    limit, lines = 12 * 10**9, []
     (step,) = plan_compiled(
-        run, devices=1, rates=Rates(), memory_limit=memory_limit, progress=lines.append
+        run, devices=1, rates=Rates(), memory_limit=limit, progress=lines.append
     )
     assert len(lines) == 2
-    return step
-
-
-def test_largest_micro_batch_fits_and_the_next_does_not(run):
-    limit = 16 * 10**9
-    step = plan(run, limit)
     assert step.fits
     phase = PhaseSchedule.from_config(run).phases[0]
-    valid = [n * 8_192 for n in range(1, 145) if 144 % n == 0]
-    found = step.largest_microbatch_tokens
-    above = valid[valid.index(found) + 1]
-    sizes = [aot.compile_phase(run, phase, 1, tokens).memory.needed for tokens in (found, above)]
-    # The line through two sizes is 2 % off at most: buffers share memory a little differently.
-    assert sizes[0] < 1.02 * limit
-    assert sizes[1] > 0.98 * limit
+    larger = largest_microbatch(phase, 1, step.largest_microbatch_tokens * 3)
+    needed = [
+        aot.compile_phase(run, phase, 1, tokens).memory.needed
+        for tokens in (step.largest_microbatch_tokens, larger)
+    ]
+    # Buffers share memory a little differently at each size.
+    assert needed[0] < 1.02 * limit
+    assert needed[1] > 0.98 * limit
 
-    none = plan(run, 4 * 10**9)
-    assert not none.fits
-    assert none.largest_microbatch_tokens is None
+
+def test_largest_micro_batch_divides_the_batch():
+    phase = PhaseSchedule.from_config(make_run("danube2")).phases[0]
+    assert phase.sequences == 144
+    assert largest_microbatch(phase, 8, 8_191) is None
+    assert largest_microbatch(phase, 8, 8_192 * 5.9) == 8_192 * 3  # of 18 sequences a device
+    assert largest_microbatch(phase, 8, 1e9) == 8_192 * 18
