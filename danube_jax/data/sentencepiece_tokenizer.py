@@ -299,6 +299,8 @@ def _parse(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
         if not proto.HasField("trainer_spec") or not proto.HasField("normalizer_spec"):
             raise RuntimeError("it breaks off")  # these follow the pieces
         pieces = [piece.piece for piece in proto.pieces]
+        if not all(isinstance(piece, str) for piece in pieces):
+            raise RuntimeError("a piece is not UTF-8")
         model.encode(" ".join(pieces[:1000]))
     except (RuntimeError, DecodeError, UnicodeDecodeError):
         raise UserError(

@@ -78,7 +78,12 @@ class TokenStore:
         manifest = _read_manifest(path)
         try:
             store = cls(path, manifest)
+            if store.dtype != token_dtype(store.vocab_size):
+                raise ValueError(f"dtype {manifest['dtype']!r}")
             for shard in store._shards:
+                for name in (shard["file"], shard["offsets_file"]):
+                    if Path(name).name != name:
+                        raise ValueError(f"{name!r} is no file name in this folder")
                 _check_array(path / shard["file"], store.dtype, shard["tokens"])
                 _check_array(path / shard["offsets_file"], np.dtype(np.int64), _offsets_of(shard))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -346,7 +346,9 @@ class DanubeLM(TemplateLM):
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"]
-        begin = text.rindex(last.strip())
+        begin = text.rfind(last.strip())
+        if begin < 0:
+            raise UserError("the chat template changes the words of the answer that is to go on")
         kept = last.lstrip() if text[begin:].startswith(last.lstrip()) else last.strip()
         return text[: begin + len(kept)]
 

@@ -195,3 +195,17 @@ def test_refused_by_the_template(pieces):
     changing = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="generation"):
         ChatEncoder(pieces.with_chat_template(changing)).encode(TURNS)
+
+
+def test_nothing_after_the_end_of_an_answer_is_trained_on(pieces):
+    """Not the space, either, that SentencePiece puts in front of the text behind it."""
+    for template in (
+        chat.TEMPLATES["danube"],
+        "{% for m in messages %}{{ m.content }}</s>\n{% endfor %}",
+    ):
+        example = ChatEncoder(pieces.with_chat_template(template)).encode(TURNS)
+        ends = example.ids == pieces.eos_id
+        assert ends.sum() == len(TURNS)
+        behind = np.roll(ends, 1)
+        behind[0] = False
+        assert not (example.mask & behind).any()

@@ -23,6 +23,8 @@ from danube_jax.data import chat, template_process
 from danube_jax.data.conversations import read_conversations
 from danube_jax.data.message_trees import best_conversations, ranked_pairs, tree_message
 from danube_jax.data.row_files import convert_rows
+from danube_jax.data.token_store import TokenStore
+from danube_jax.data.token_store_writer import TokenStoreWriter
 from danube_jax.data.tokenizer import open_tokenizer
 from danube_jax.errors import UserError
 from danube_jax.evaluation.mt_bench import JudgePrompt, MTBench, Question, judge_messages
@@ -257,6 +259,28 @@ def test_shards_do_not_leave_their_folder(name, folder, tmp_path):
         with pytest.raises(UserError, match=r"expected a file name|missing"):
             import_model(model, tmp_path / "out")
         (model / index).unlink()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("file", "../tokens.npy"),
+        ("offsets_file", "/etc/passwd"),
+        ("dtype", "O"),
+        ("dtype", "int64"),
+    ],
+)
+def test_a_token_stores_manifest_does_not_leave_its_folder(key, value, tmp_path):
+    store = tmp_path / "store"
+    with TokenStoreWriter(store, vocab_size=300, tokenizer="t", provenance={}) as writer:
+        writer.add([1, 2, 3], 3)
+        writer.finish()
+    shutil.copy(store / "tokens-00000.npy", tmp_path / "tokens.npy")
+    manifest = json.loads((store / "store.json").read_text())
+    (manifest if key == "dtype" else manifest["shards"][0])[key] = value
+    (store / "store.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"store\.json: "):
+        TokenStore.open(store)
 
 
 def _safetensors(header, body=b"") -> bytes:
