@@ -313,7 +313,7 @@ class Trainer:
             last = self.step == self.last_step
             save = stopping or last or self.step % config.every_steps == 0
             if entered or save or self._evaluation_due():
-                self._finish(pending)
+                self._finish(pending, compiled=entered)
                 pending = None
             if save:
                 self._save()
@@ -375,8 +375,11 @@ class Trainer:
         )
         return True
 
-    def _finish(self, pending: _Pending) -> None:
-        """Fetches a step's metrics, acts on them, and logs them where due."""
+    def _finish(self, pending: _Pending, *, compiled: bool = False) -> None:
+        """Fetches a step's metrics, acts on them, and logs them where due.
+
+        A step that was `compiled` has no speed.
+        """
         metrics = {key: value.item() for key, value in jax.device_get(pending.metrics).items()}
         self.stop_agreed |= metrics.pop("stop") > 0
         self.throughput.add(pending.tokens, pending.data_wait)
@@ -386,6 +389,8 @@ class Trainer:
         if pending.step % self.config.training.log_every and pending.step != self.last_step:
             return
         rates = self.throughput.read()
+        if compiled:
+            rates = dict.fromkeys(rates)
         self.throughput.reset()
         row = {
             "kind": "train",
