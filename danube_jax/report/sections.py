@@ -83,7 +83,10 @@ def architecture(run: RunFolder) -> str:
 
 def lead(run: RunFolder) -> str:
     """What the run is and what came of it, in two sentences."""
-    parts = [f"{architecture(run)}."] if run.run else []
+    parts = []
+    if run.run:
+        eight_bits = "; linear layers in FP8" if run.run.precision.fp8_config else ""
+        parts.append(f"{architecture(run)}{eight_bits}.")
     loss = run.metrics.series("loss").finite.values
     final = run.final()
     if run.tokens and final:

@@ -339,7 +339,7 @@ class Trainer:
             last = self.step == self.last_step
             save = stopping or last or self.step % config.every_steps == 0
             if entered or save or self._evaluation_due():
-                self._finish(pending)
+                self._finish(pending, compiled=entered)
                 pending = None
             if save:
                 self._save()
@@ -407,8 +407,11 @@ class Trainer:
         )
         return True
 
-    def _finish(self, pending: _Pending) -> None:
-        """Fetches a step's metrics, acts on them, and logs them where due."""
+    def _finish(self, pending: _Pending, *, compiled: bool = False) -> None:
+        """Fetches a step's metrics, acts on them, and logs them where due.
+
+        A step that was `compiled` has no speed.
+        """
         metrics = {key: value.item() for key, value in jax.device_get(pending.metrics).items()}
         for key in ("loss_bound", "grad_norm_bound"):  # the spike guard's, once it judges
             if metrics.get(key) == math.inf:
@@ -421,6 +424,8 @@ class Trainer:
         if pending.step % self.config.training.log_every and pending.step != self.last_step:
             return
         rates = self.throughput.read()
+        if compiled:
+            rates = dict.fromkeys(rates)
         self.throughput.reset()
         row = {
             "kind": "train",

@@ -85,9 +85,10 @@ class TrainingDisplay:
 
     def log(self, row: dict[str, Any]) -> None:
         """Shows a logged step."""
-        mfu = f"MFU {row['mfu']:.1%}" if row["mfu"] else ""
-        work = mfu or f"{row['tflops_per_second_per_device'] * 1e3:.1f} GFLOP/s"
-        self._speed = f"{human_count(row['tokens_per_second'])} tokens/s {work}"
+        if row["tokens_per_second"] is not None:
+            mfu = f"MFU {row['mfu']:.1%}" if row["mfu"] else ""
+            work = mfu or f"{row['tflops_per_second_per_device'] * 1e3:.1f} GFLOP/s"
+            self._speed = f"{human_count(row['tokens_per_second'])} tokens/s {work}"
         if console.is_terminal:
             return
         info(

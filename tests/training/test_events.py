@@ -39,6 +39,13 @@ def stopped(corpus, tmp_path_factory):
     return workdir, saved, early, result.stderr
 
 
+def test_steps_that_were_compiled_have_no_speed(stopped):
+    rows = read_rows(stopped[0], "train")
+    assert [row["step"] for row in rows] == list(range(1, 27))
+    without = [row["step"] for row in rows if row["tokens_per_second"] is None]
+    assert without == [1, 11, 25]  # the start, the resume at step 10, and the phase from step 24 on
+
+
 def test_a_run_tells_what_happened_to_it(stopped):
     workdir, saved, _, _ = stopped
     assert events(workdir) == [
