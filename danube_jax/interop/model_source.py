@@ -259,7 +259,7 @@ class MergedReader(LeafReader):
         return self._reader.dtype(leaf)
 
     def __iter__(self) -> Iterator[tuple[Leaf, np.ndarray]]:
-        for leaf, array in self._reader:
+        for leaf, array in self._base_leaves():
             names = FUSED.get(leaf.path[1:3], ()) if len(leaf.path) == 4 else ()
             blocks = self._adapters.get(leaf.path[0], {})
             adapters = blocks.get(leaf.path[1], {}) if names else {}
@@ -268,6 +268,14 @@ class MergedReader(LeafReader):
                 kernel = jnp.asarray(array, jnp.float32)
                 array = np.asarray(merge_kernel(kernel, adapters, self._lora, names, sizes))
             yield leaf, array
+
+    def _base_leaves(self) -> Iterator[tuple[Leaf, np.ndarray]]:
+        try:
+            yield from self._reader
+        except DamagedCheckpoint as error:  # older adapters would not help
+            raise UserError(
+                f"{self._base.checkpoint_folder()}: cannot be used as the base of adapters: {error}"
+            ) from None
 
 
 def _flat_shapes(tree: Mapping[str, Any], path: LeafPath = ()) -> dict[LeafPath, tuple[int, ...]]:
