@@ -76,7 +76,8 @@ class _PlainProgress:
         rate = self._done / (now - self._started)
         left = (self._total - self._done) / max(rate, 1e-9)
         percent = 100 * self._done / max(self._total, 1e-9)
+        forecast = f", {left:,.0f} s left" if percent >= 1 else ""  # no guess from next to nothing
         info(
-            f"{self._description}: {percent:.0f} %, {rate / self._scale:,.1f} {self._unit}/s, "
-            f"{left:,.0f} s left"
+            f"{self._description}: {percent:.0f} %, {rate / self._scale:,.1f} {self._unit}/s"
+            f"{forecast}"
         )

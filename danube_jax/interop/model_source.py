@@ -304,7 +304,7 @@ class MergedReader(LeafReader):
 
     def __iter__(self) -> Iterator[tuple[Leaf, np.ndarray]]:
         """Raises `UserError` at the end where the base is not the one that was expected."""
-        for leaf, array in self._reader:
+        for leaf, array in self._base_leaves():
             names = FUSED.get(leaf.path[1:3], ()) if len(leaf.path) == 4 else ()
             blocks = self._adapters.get(leaf.path[0], {})
             adapters = blocks.get(leaf.path[1], {}) if names else {}
@@ -324,6 +324,14 @@ class MergedReader(LeafReader):
         adapters = {".".join(path): _digest(x) for path, x in _flat(self._adapters).items()}
         parts = {"base": self._reader.fingerprint(), "adapters": adapters}
         return files.sha256_json(parts | {"lora": dataclasses.asdict(self._lora)})[:16]
+
+    def _base_leaves(self) -> Iterator[tuple[Leaf, np.ndarray]]:
+        try:
+            yield from self._reader
+        except DamagedCheckpoint as error:  # older adapters would not help
+            raise UserError(
+                f"{self._base.checkpoint_folder()}: cannot be used as the base of adapters: {error}"
+            ) from None
 
 
 def _digest(array: np.ndarray) -> str:

@@ -212,6 +212,17 @@ def test_an_adapter_that_does_not_fit_its_base(adapter, save_hf, tmp_path):
         open_model(tmp_path / "ours")
 
 
+def test_a_damaged_base_is_named(adapter, tmp_path):
+    base, folder, _ = adapter
+    import_model(base, tmp_path / "base")
+    import_adapter(folder, tmp_path / "ours", base=str(tmp_path / "base"))
+    state = tmp_path / "base" / "checkpoints" / "0" / "state"
+    (chunk,) = (p for p in (state / "params.norm.scale").iterdir() if p.name != ".zarray")
+    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    with pytest.raises(UserError, match=r"base/checkpoints/0: cannot be used as the base"):
+        open_model(tmp_path / "ours").load_params()
+
+
 def test_a_base_that_is_not_here(adapter, tmp_path):
     _, folder, _ = adapter
     with pytest.raises(UserError, match="name the base's with --base"):
