@@ -16,7 +16,7 @@ from test_signals import go, start, steps_of
 from danube_jax.data import loader
 
 PLANTED = str(Path(__file__).parent / "planted.py")
-GUARD = ("--config.training.spike_guard=6.0", "--config.training.spike_guard_window=8")
+GUARD = ("--config.training.spike_guard=6.0", "--config.training.spike_guard_window=20")
 
 
 def run(server, corpus, workdir, planted, *more):
