@@ -169,7 +169,7 @@ def _validate_training(run: RunConfig) -> None:
     _positive("training", training, "seed", "z_loss", "loss_chunk_tokens", zero=True)
     _positive("training", training, "spike_guard", zero=True)
     window = training.spike_guard_window
-    _require(window >= 4, "config.training.spike_guard_window", window, "four steps at least")
+    _require(window >= 16, "config.training.spike_guard_window", window, "16 steps at least")
     _positive("optimizer", optimizer, "learning_rate", "eps")
     _positive("optimizer", optimizer, "warmup_tokens", "weight_decay", "clip_norm", zero=True)
     _positive("optimizer", optimizer, "final_learning_rate", zero=True)

@@ -4,7 +4,10 @@ The element at index t is the batch of step t, so the loader's state is the step
 is starting at that index, with any number of processes, devices and workers.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import grain
@@ -202,7 +205,7 @@ def make_loader(
     return iter(
         dataset.to_iter_dataset(options).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead),
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=_begin_worker,
         )
     )
 
@@ -258,10 +261,16 @@ def read_batches(
             batches.close()
 
 
-def _leave_interrupts_to_the_parent(worker: int, workers: int) -> None:
-    """Control-C reaches all processes of a terminal; the parent ends its workers."""
+def _begin_worker(worker: int, workers: int) -> None:
+    """Control-C, which reaches all processes of a terminal, is the parent's; its death ends us."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def heldout_batches(

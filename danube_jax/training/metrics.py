@@ -1,6 +1,7 @@
 """Metrics: rows in metrics.jsonl, curves in TensorBoard, tokens a second and MFU."""
 
 import json
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -146,7 +147,7 @@ class MetricsWriter:
             if row["kind"] == "event":
                 return
             for key, value in row.items():
-                if key != "step" and isinstance(value, int | float):
+                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error}") from error

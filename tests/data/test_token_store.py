@@ -188,6 +188,9 @@ def test_open_refuses_what_is_not_a_whole_store(tmp_path, store):
 
     manifest_file = store.path / "store.json"
     manifest = json.loads(manifest_file.read_text())
+    manifest_file.write_text(json.dumps(manifest | {"bytes": manifest["bytes"] + 1}))
+    refused("its checksum differs")
+    del manifest["sealed"], manifest["seal"]  # as who edits it on purpose
     for change, match in (
         ({"format": "other"}, "format 'other' is unknown"),
         ({"version": 99}, "version 99 is unknown"),

@@ -27,7 +27,7 @@ LIBRARIES = (
     "danube_jax.interop.import_hf",
     "danube_jax.interop.export_hf",
 )
-HANG_SECONDS = 240.0  # far more than any of these commands takes on a busy machine
+HANG_SECONDS = 500.0  # far more than any of these commands takes on a busy machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +184,10 @@ class Forks:
 
     def close(self) -> None:
         """Ends the server."""
-        self._server.stdin.close()
-        self._server.wait(30)
+        self._server.kill()
+        self._server.wait()
+        for stream in (self._server.stdin, self._server.stdout):
+            stream.close()
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def test_import(server, full, tmp_path, figures):
     repeat(
         server,
         FROM_HF,
-        lambda output: [f"--model={model}", f"--output={output}"],
+        lambda output: [f"--model={model}", f"--output={output}", "--overwrite"],
         ("import: opening", "import: writing", "import: commit"),
         12 if full else 2,
         tmp_path,

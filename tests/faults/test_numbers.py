@@ -6,17 +6,16 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from commands import HANG_SECONDS
 from helpers import read_rows
-from small_runs import Outcome, arguments, checkpoint_arrays, rows
+from small_runs import Outcome, arguments, rows
 from test_signals import go, start, steps_of
 
 from danube_jax.data import loader
 
 PLANTED = str(Path(__file__).parent / "planted.py")
-GUARD = ("--config.training.spike_guard=6.0", "--config.training.spike_guard_window=8")
+GUARD = ("--config.training.spike_guard=6.0", "--config.training.spike_guard_window=20")
 
 
 def run(server, corpus, workdir, planted, *more):
@@ -54,13 +53,16 @@ def test_bad_batches_are_skipped_and_a_stop_changes_no_bit(corpus, server, tmp_p
 
 
 def test_without_the_guard_a_spike_does_harm(corpus, server, undisturbed, tmp_path):
-    """The planted batch is one that the option is for."""
-    ended = run(server, corpus, tmp_path / "run", {"spike": [15]})
+    """The planted batch is one that the option is for: Adam's second moments stay too large."""
+    ended = run(
+        server, corpus, tmp_path / "run", {"spike": [15]}, "--config.optimizer.clip_norm=0.0"
+    )
     assert ended.status == 0, ended.err
     assert skips(tmp_path / "run") == []
-    found, expected = checkpoint_arrays(tmp_path / "run", 24), undisturbed[0].arrays
-    name = next(key for key in expected if "embed" in key)
-    assert np.abs(found[name] - expected[name]).max() > 1e-3
+    loss, expected = (
+        out[-1]["loss"] for out in (rows(tmp_path / "run", "train"), undisturbed[0].train)
+    )
+    assert loss > expected + 0.03
 
 
 def test_too_many_in_a_row_stop_with_the_reason(corpus, server, tmp_path):
@@ -85,6 +87,14 @@ def workers_of(process):
         except (OSError, ValueError):
             continue
     return out
+
+
+def is_alive(process):
+    """Whether it exists and is more than an entry that nobody has read."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_dead_worker_is_replaced(corpus, server, undisturbed, tmp_path):
@@ -112,7 +122,7 @@ def test_a_dead_worker_is_replaced(corpus, server, undisturbed, tmp_path):
     assert workers
     running.signal(signal.SIGKILL)
     deadline = time.monotonic() + HANG_SECONDS
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    while any(is_alive(worker) for worker in workers):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.05)
     running.wait()
