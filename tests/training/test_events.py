@@ -10,6 +10,7 @@ from helpers import command, read_rows
 from danube_jax.errors import EXIT_INTERRUPTED
 from danube_jax.training.events import FINISHED, PHASE, RESUME, SKIPPED, START, STOPPED, event_row
 from danube_jax.training.metrics import MetricsWriter
+from danube_jax.training.rounds import is_finished
 
 INTERRUPT = str(Path(__file__).parent / "interrupt_at.py")
 
@@ -111,3 +112,17 @@ def test_history_stays_and_events_of_lost_steps_go(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "detail" not in rows[0]
     assert rows[1]["detail"] == 24
+
+
+def test_a_round_is_finished_once_its_end_is_recorded(tmp_path):
+    def record(event):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(event_row(event, 8, 512, {})) + "\n")
+
+    assert not is_finished(tmp_path, 8)
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    record(STOPPED)  # within the evaluation of the last step
+    assert not is_finished(tmp_path, 8)
+    record(FINISHED)
+    assert is_finished(tmp_path, 8)
+    assert not is_finished(tmp_path, 9)
