@@ -9,6 +9,7 @@ from typing import Any
 
 from danube_jax.errors import UserError
 
+_MOST_DIGITS = 100  # transformers writes 10**30 for a tokenizer without a limit
 # What reading a file, compressed or not, raises where it is not there, damaged, or breaks off.
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -21,7 +22,7 @@ def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
     Args:
       text: JSON; bytes are UTF-8.
       strict: for settings: an object that has a key twice is refused, instead of its last value
-        taken, and so is a whole number that no machine word holds.
+        taken, and so is a whole number that no float holds.
 
     Raises:
       ValueError: no JSON, no UTF-8, nested too deeply, or a text with half of a surrogate pair,
@@ -49,7 +50,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _whole(text: str) -> int:
     value = int(text)
-    if not -(2**63) <= value < 2**64:
+    if len(text) > _MOST_DIGITS:
         raise ValueError(f"a number of {len(text):,} digits")
     return value
 

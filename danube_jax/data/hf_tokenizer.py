@@ -29,7 +29,7 @@ from danube_jax.data.sentencepiece_tokenizer import (
     read_chat_template,
     read_tokenizer_config,
 )
-from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer
+from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer, with_the_next
 from danube_jax.errors import UserError
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -166,10 +166,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self._encode_markup(text)
-        # A piece without characters, such as a space put in front, goes with the next one.
-        ends = [
-            end if end > start else min(start + 1, len(text)) for start, end in encoding.offsets
-        ]
+        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        ends = with_the_next(ends, begins == ends).tolist()
         return encoding.ids, ends
 
     def _spells_control_tokens(self) -> bool:

@@ -16,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from danube_jax import files
 from danube_jax.data.control_names import ControlNames
-from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer
+from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer, with_the_next
 from danube_jax.errors import UserError
 from danube_jax.untrusted import parse_json, refuse_misspelt
 
@@ -140,8 +140,8 @@ class SentencePieceTokenizer(Tokenizer):
                 starts = np.cumsum([0, *sizes])
                 ids += [piece.id for piece in pieces]
                 at = np.searchsorted(starts, [piece.end for piece in pieces], side="left")
-                # The space put in front is no character of the text; it goes with the first one.
-                ends += (position + np.maximum(at, 1)).tolist()
+                empty = [piece.begin == piece.end for piece in pieces]
+                ends += (position + with_the_next(at, empty)).tolist()
             position += len(part)
         return ids, ends
 

@@ -69,7 +69,8 @@ class Tokenizer(abc.ABC):
     def encode_markup_spans(self, text: str) -> tuple[list[int], list[int]]:
         """As `encode_markup`, and for each id where in `text` its characters end.
 
-        One that stands for no character of it ends with the character that follows.
+        One that stands for no character, such as a space put in front or the first bytes of a
+        character, ends where the next one ends.
         """
 
     @abc.abstractmethod
@@ -179,3 +180,12 @@ class Tokenizer(abc.ABC):
         first = [self.bos_id] if bos and self.bos_id is not None else []
         last = [self.eos_id] if eos and self.eos_id is not None else []
         return [*first, *ids, *last]
+
+
+def with_the_next(ends_N: np.ndarray, empty_N: Sequence[bool] | np.ndarray) -> np.ndarray:
+    """Where pieces end, those that are empty where the next one does that is not."""
+    out_N = np.array(ends_N, np.int64)
+    for i in range(len(out_N) - 2, -1, -1):
+        if empty_N[i]:
+            out_N[i] = out_N[i + 1]
+    return out_N

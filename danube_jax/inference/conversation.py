@@ -69,10 +69,10 @@ class Conversation:
         """
         try:
             if Path(path).exists() and not Path(path).is_file():  # a device has no end
-                raise ValueError("it is no regular file")
+                raise UserError(f"{path}: cannot be read (no regular file)")
             value = parse_json(Path(path).read_bytes())
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"no conversation: {error}"
+            reason = error.strerror if isinstance(error, OSError) else f"no JSON: {error}"
             raise UserError(f"{path}: cannot be read ({reason})") from None
         if not isinstance(value, dict) or "messages" not in value:
             raise UserError(f'{path}: expected a JSON object with "messages"')

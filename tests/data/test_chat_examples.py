@@ -209,3 +209,12 @@ def test_nothing_after_the_end_of_an_answer_is_trained_on(pieces):
         behind = np.roll(ends, 1)
         behind[0] = False
         assert not (example.mask & behind).any()
+
+
+def test_all_bytes_of_an_answers_first_character_are_trained_on(pieces):
+    """SentencePiece gives the characters of several bytes to the last one."""
+    messages = [TURNS[0], {"role": "assistant", "content": "\u3402"}]
+    tokenizer = pieces.with_chat_template(chat.TEMPLATES["danube"])
+    example = ChatEncoder(tokenizer).encode(messages)
+    trained = [tokenizer.piece(i) for i in example.ids[example.mask]]
+    assert trained == ["<0xE3>", "<0x90>", "<0x82>", "</s>"]

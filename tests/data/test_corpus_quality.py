@@ -217,5 +217,5 @@ def test_a_classifier_scores_as_transformers_does(tmp_path, labels):
 
 def test_model_files_hold_no_code(model):
     assert set(json.loads(model.read_text())) == {
-        *("format", "version", "statistics", "hash_bits", "report", "trees")
+        *("format", "version", "statistics", "hash_bits", "report", "trees", "sha256")
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import Kind, Result, check, damages, other_json, other_lines
+from file_damage import Kind, Result, check, damages, other_json, other_lines
 from fork_commands import TRACEBACK, ForkServer, fork_server
 from safetensors.numpy import load_file, save_file
 from scripted_judge import ScriptedJudge, completion

@@ -226,7 +226,7 @@ def test_a_chat_goes_on_after_hostile_turns(server, folder, tmp_path):
     assert "\x1b" not in done.err
     for fragment in (
         "error: the message has 10,",
-        "error: /dev/zero: cannot be read (no conversation: it is no regular file)",
+        "error: /dev/zero: cannot be read (no regular file)",
         "nested too deeply",
         "ile name too long",
         "cannot be written",
