@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from helpers import command
+from helpers import command, read_unsealed
 
 
 def flip_byte(path):
@@ -24,7 +24,7 @@ def truncate(path):
 
 def empty_store(store):
     """Leaves a store of no tokens."""
-    manifest = json.loads((store / "store.json").read_text())
+    manifest = read_unsealed(store / "store.json")
     manifest |= {"shards": [], "tokens": 0, "documents": 0, "bytes": 0}
     (store / "store.json").write_text(json.dumps(manifest))
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import command
+from helpers import command, read_unsealed
 from test_command_line import assert_one_line
 from tiny_folder import write_tiny_folder
 from tuning_config import conversation_rows, load_config, tune, write_config, write_rows
@@ -73,7 +73,7 @@ def test_adapters_that_do_not_fit_their_base(base, tmp_path):
     config.evaluation.at_start, config.samples.prompts = False, ()
     adapters = tune(config, tmp_path / "adapters", max_steps=1)
     meta = adapters / "checkpoints" / "1" / "meta" / "metadata"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"lora": _other_rank(meta)}))
+    meta.write_text(json.dumps(read_unsealed(meta) | {"lora": _other_rank(meta)}))
     result = command(
         f"--config={path}",
         f"--workdir={tmp_path / 'run'}",

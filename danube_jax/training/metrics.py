@@ -1,5 +1,6 @@
 """Metrics: rows in metrics.jsonl, curves in TensorBoard, tokens a second and MFU."""
 
+import contextlib
 import json
 import math
 import resource
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from danube_jax import files
 from danube_jax.errors import UserError
+from danube_jax.training.curves import CurveWriter
 from danube_jax.training.events import FINISHED, HISTORY
 
 # Dense bfloat16 matmul peak in FLOP/s, NVIDIA data sheets; the first name that stands in the
@@ -96,14 +97,14 @@ class MetricsWriter:
           UserError: the files cannot be read or written.
         """
         self._path = workdir / "metrics.jsonl"
-        self.lost_steps = 0
+        self.lost_steps, self._failed = 0, False
         try:
             rows = self._keep(resume_step)
             self.evaluations = [row for row in rows if row["kind"] == "evaluation"]
             ends = [row["step"] for row in rows if row.get("event") == FINISHED]
             self.finished = max(ends, default=None)
             self._file = self._path.open("a")
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            self._curves = CurveWriter(workdir / "tensorboard", resume_step + 1)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error}") from error
 
@@ -148,8 +149,9 @@ class MetricsWriter:
                 return
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+                    self._curves.add_scalar(f"{row['kind']}/{key}", value, row["step"])
         except OSError as error:
+            self._failed = True
             raise UserError(f"{self._path}: cannot be written: {error}") from error
 
     def write_samples(self, step: int, texts: Sequence[str]) -> None:
@@ -157,9 +159,21 @@ class MetricsWriter:
         folder = self._path.parent / "samples"
         text = "\n\n---\n\n".join(texts)
         files.write_bytes(folder / f"step-{step:08d}.txt", (text + "\n").encode())
-        self._board.add_text("samples", text, step)
+        self._curves.add_text("samples", text, step)
 
     def close(self) -> None:
-        """Flushes both."""
-        self._file.close()
-        self._board.close()
+        """Flushes both.
+
+        Raises:
+          UserError: the disk is full; not again where `write` has said so.
+        """
+        if self._failed:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._curves.abandon()
+            return
+        try:
+            self._file.close()
+            self._curves.close()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error}") from error

@@ -2,16 +2,20 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import EVALUATE, FROM_HF, LIBRARIES, PREPARE, TO_HF, forks
+from commands import EVALUATE, FROM_HF, HANG_SECONDS, LIBRARIES, PREPARE, TO_HF, forks
 from killing import Command, Tally, journey
 from small_runs import tree_bytes
 from small_work import write_evaluation, write_preparation
+from staged import read_stage
 from tiny_folder import write_tiny_folder
+
+from danube_jax.errors import EXIT_INTERRUPTED
 
 pytest.importorskip("datatrove")
 pytest.importorskip("lm_eval")
@@ -78,6 +82,29 @@ def repeat(server, program, arguments, stages, kills, tmp_path, figures, name, c
     )
 
 
+def interrupt(server, program, arguments, stage, tmp_path):
+    """A signal in a stage ends the command with status 75 and one line, and leaves nothing."""
+    for number, group in ((signal.SIGTERM, False), (signal.SIGINT, True)):
+        output, log = tmp_path / f"interrupted{number}" / "out", tmp_path / f"log{number}"
+        running = server.start(program, *arguments(output), log=log, hold=stage)
+        deadline = time.monotonic() + HANG_SECONDS
+        while read_stage(log) != stage:
+            assert running.poll(0.01) is None, "ended before"
+            assert time.monotonic() < deadline
+        running.signal(number, group=group)  # a terminal's Control-C reaches the whole group
+        time.sleep(0.1)
+        log.with_name(f"{log.name}.go").touch()
+        ended = running.wait()
+        assert ended.status == EXIT_INTERRUPTED, ended.err
+        assert "Traceback" not in ended.err, ended.err
+        assert f"{number.name}: stopped" in ended.err
+        left = [path.name for path in output.parent.iterdir()] if output.parent.exists() else []
+        assert [name for name in left if name != "out"] == [], "half-written"
+        yield output
+        ended = server.run(program, *arguments(output))
+        assert ended.status == 0, ended.err
+
+
 def whole_or_absent(leave_out=()):
     """A check that an output is the expected one, if it is there."""
 
@@ -97,6 +124,37 @@ def equal(leave_out=()):
         assert [name for name in wanted if found[name] != wanted[name]] == []
 
     return check
+
+
+def test_signals(server, full, tmp_path):
+    """SIGTERM to the process, SIGINT to its group."""
+    model, ours = write_tiny_folder(tmp_path / "model"), tmp_path / "ours"
+    assert server.run(FROM_HF, f"--model={model}", f"--output={ours}").status == 0
+    cases = {
+        "import: writing": (FROM_HF, [f"--model={model}"], "--output="),
+        "export: configs and card": (TO_HF, [f"--model={ours}", "--noverify"], "--output="),
+        "preparation: tokenise": (
+            PREPARE,
+            [f"--config={write_preparation(tmp_path / 'texts')}"],
+            "--config.output=",
+        ),
+        "evaluation": (EVALUATE, write_evaluation(tmp_path / "work"), "--output="),
+    }
+    for i, (stage, (program, first, flag)) in enumerate(cases.items()):
+        if not full and program not in (FROM_HF, PREPARE):
+            continue
+        calls = interrupt(
+            server,
+            program,
+            lambda output, first=first, flag=flag: [*first, f"{flag}{output}"],
+            stage,
+            tmp_path / str(i),
+        )
+        for output in calls:
+            if program in (FROM_HF, TO_HF):
+                assert not output.exists()
+            if not full and program == PREPARE:
+                break
 
 
 def test_import(server, full, tmp_path, figures):

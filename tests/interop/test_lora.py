@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import read_unsealed
 
 from danube_jax.config import ModelConfig
 from danube_jax.errors import RunError, UserError
@@ -201,7 +202,7 @@ def test_an_adapter_that_does_not_fit_its_base(adapter, save_hf, tmp_path):
         import_adapter(folder, tmp_path / "ours", base=str(wide))
     import_adapter(folder, tmp_path / "ours", base=str(base))
     meta = tmp_path / "ours" / "checkpoints" / "0" / "meta" / "metadata"
-    record = json.loads(meta.read_text())
+    record = read_unsealed(meta)
     record["lora"]["rank"] += 1
     meta.write_text(json.dumps(record))
     with pytest.raises(UserError, match="do not fit the base"):

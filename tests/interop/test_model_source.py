@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import read_unsealed
 from safetensors.numpy import load_file, save_file
 
 from danube_jax.config import CheckpointConfig
@@ -69,13 +70,13 @@ def test_a_hugging_face_folder(save_hf):
 
 
 def no_model(workdir):
-    saved = json.loads((workdir / "config.json").read_text())
+    saved = read_unsealed(workdir / "config.json")
     del saved["config"]["model"]
     (workdir / "config.json").write_text(json.dumps(saved))
 
 
 def narrow_model(workdir):
-    saved = json.loads((workdir / "config.json").read_text())
+    saved = read_unsealed(workdir / "config.json")
     saved["config"]["model"]["intermediate_size"] = 32
     (workdir / "config.json").write_text(json.dumps(saved))
 
