@@ -33,6 +33,8 @@ def get_config():
         "web": source(path="data/danube/web/train", heldout_path="data/danube/web/heldout"),
     }
 
+    config.precision.linear = "fp8"  # of the blocks; the head stays in bfloat16
+
     mixture = {"web": 1.0}
     config.training.batch_tokens = BATCH_TOKENS
     config.training.microbatch_tokens = 16_384

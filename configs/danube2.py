@@ -3,8 +3,8 @@
 Source: H2O-Danube-1.8B Technical Report (arXiv 2401.16818), section 7: no sliding window, context
 8,192, Mistral's tokenizer, web text 84.5 %, 72.8 % and 55.5 % of the stages. The share of
 instruction data in the last stage (40.6 %) is read off the report's Figure 2. Not published, and
-so chosen here: the other shares, batch and learning rate (Danube's), and the use of 8,192 tokens
-of context in every stage.
+so chosen here: the other shares, batch, learning rate and FP8 (Danube's), and the use of 8,192
+tokens of context in every stage.
 
 Point `data.sources` at your own TokenStores. The tokenizer comes with the extra
 `pip install -e '.[mistral]'`; `data.tokenizer.path` takes any other SentencePiece model (then
@@ -39,6 +39,8 @@ def get_config():
     model.num_key_value_heads = 8
     model.max_position_embeddings = 8_192
     model.rope_theta = 10_000.0
+
+    config.precision.linear = "fp8"  # of the blocks; the head stays in bfloat16
 
     config.data.tokenizer.builtin = "mistral"
     config.data.sources = {
