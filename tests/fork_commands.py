@@ -59,7 +59,7 @@ class ForkServer:
         )
 
     def run(
-        self, program: str, *arguments: str, stdin: str | bytes = b"", seconds: float = 120.0
+        self, program: str, *arguments: str, stdin: str | bytes = b"", seconds: float = 300.0
     ) -> Finished:
         """Runs a module, or a script where `program` ends in .py, for at most `seconds`."""
         if isinstance(stdin, str):

@@ -231,7 +231,7 @@ def _tuning(server: ForkServer, tmp: Path, name: str, means_other) -> Kind:
         shutil.rmtree(workdir, ignore_errors=True)
         flags = ("--config.rounds[0].epochs=0.05", "--config.samples.prompts=()")
         done = server.run(
-            "danube_jax.train", f"--config={config}", f"--workdir={workdir}", *flags, seconds=240
+            "danube_jax.train", f"--config={config}", f"--workdir={workdir}", *flags, seconds=500
         )
         return done, _losses(workdir) if done.status == 0 else None
 
@@ -261,7 +261,7 @@ def _preparation(server: ForkServer, tmp: Path, name: str, means_other) -> Kind:
 
     def run() -> Result:
         shutil.rmtree(output, ignore_errors=True)
-        done = server.run("tools/prepare_data.py", f"--config={config}", seconds=240)
+        done = server.run("tools/prepare_data.py", f"--config={config}", seconds=500)
         return done, _store_digest(output) if done.status == 0 else None
 
     return Kind(path, run, means_other)
@@ -315,7 +315,7 @@ def _benchmark(server: ForkServer, tmp: Path, name: str, means_other) -> Kind:
         output = tmp / "out"
         shutil.rmtree(output, ignore_errors=True)
         done = server.run(
-            "danube_jax.evaluate", *flags, f"--output={output}", "--log_samples", seconds=240
+            "danube_jax.evaluate", *flags, f"--output={output}", "--log_samples", seconds=500
         )
         samples = output / "samples_piqa_piqa.jsonl"
         return done, samples.read_text() if done.status == 0 else None
@@ -346,7 +346,7 @@ def _mt_bench(
                 f"--output={output}",
                 f"--judge_url={script.url}",
                 "--judge_attempts=2",
-                seconds=240,
+                seconds=500,
             )
         result = output / "mt_bench.json"
         if done.status:
