@@ -1,5 +1,6 @@
 """The device mesh: one axis, `data`; what is sharded over it, and how processes find each other."""
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -52,7 +53,8 @@ def initialize_distributed(
     else:
         arguments = {"local_device_ids": local_device_ids(os.environ)}
     # JAX would take SIGTERM for itself; a run has its own way to stop (training/signals.py).
-    jax.config.update("jax_enable_preemption_service", False)
+    with contextlib.suppress(AttributeError):  # a version of JAX that has no such service
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=heartbeat_seconds)
     except (RuntimeError, ValueError, OSError) as error:
