@@ -14,6 +14,7 @@ from danube_jax.errors import EXIT_INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RETRY_SECONDS = 0.05
+JAX_FINDS_PLUGINS = "discover_pjrt_plugins"  # a function of jax's xla_bridge
 
 
 class Interrupted(BaseException):
@@ -39,7 +40,8 @@ def raise_interrupted(
     """Raises what stands for a signal; to be called by its handler.
 
     While a module is imported, `again` is called a moment later instead: an exception that comes
-    out of the initialisation of an extension module can bring the interpreter down.
+    out of the initialisation of an extension module can bring the interpreter down. Likewise while
+    JAX loads its plug-ins, since it takes any exception for a fault of theirs and goes on.
     """
     signal.signal(signal.SIGALRM, lambda _, frame: again(number, frame))
     if _is_importing(frame):
@@ -59,7 +61,8 @@ def retry() -> None:
 
 def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib") or code.co_name == JAX_FINDS_PLUGINS:
             return True
         frame = frame.f_back
     return False

@@ -22,9 +22,8 @@ from danube_jax.config import ModelConfig
 from danube_jax.models import fp8
 from danube_jax.models.attention import attention
 from danube_jax.models.projections import FUSED, projection_shapes
+from danube_jax.training.step import COMPILER_OPTIONS
 
-# As the FP8 matmuls of models/fp8.py: cuBLAS instead of Triton, whose kernels autotuning may take.
-GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 KINDS = ("output", "input gradient", "weight gradient")
 
 _LAST = (((1,), (1,)), ((), ()))
@@ -276,7 +275,7 @@ def _time_attention(
 
 
 def _compile(function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-    options = GPU_OPTIONS if jax.default_backend() == "gpu" else {}
+    options = COMPILER_OPTIONS if jax.default_backend() == "gpu" else {}
     lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
     return lowered.compile(compiler_options=options)
 

@@ -13,8 +13,6 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from danube_jax import command_line
-from danube_jax.console import info
-from danube_jax.errors import EXIT_INTERRUPTED
 
 PLAIN_WIDTH = 160  # columns where the output is no terminal
 
@@ -31,11 +29,7 @@ def main(argv: Sequence[str]) -> int:
     from danube_jax.data.corpus.pipeline import prepare
 
     corpus = parse_corpus_config(command_line.config_dict(_CONFIG))
-    try:
-        statistics = prepare(corpus)
-    except KeyboardInterrupt:
-        info("stopped; the same command goes on from here")
-        return EXIT_INTERRUPTED
+    statistics = prepare(corpus)
     page = Path(corpus.output) / "report.html"
     write_page(statistics, page)
     console = Console()

@@ -94,7 +94,7 @@ def test_mistakes_are_one_line(model, tmp_path):
             f"--include_path={tmp_path / 'no_yaml'}",
             "--tasks=x",
         ],
-        f"its rows in {tmp_path / 'odd'} are not what it expects": [
+        f"{tmp_path / 'odd' / 'piqa_valid.jsonl'}, line 1: goal, sol1, sol2, label holds": [
             f"--model={model}",
             f"--local_data={tmp_path / 'odd'}",
             "--tasks=piqa",

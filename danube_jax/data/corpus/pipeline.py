@@ -14,9 +14,10 @@ import fcntl
 import importlib.metadata
 import json
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from datatrove.pipeline.dedup import MinhashDedupBuckets
 
@@ -59,6 +60,7 @@ TOKENIZER = "tokenizer.model"
 QUALITY_MODEL = "quality.json"
 DOCUMENTS = "documents"
 PLAN_VERSION = 2
+LOCK_SECONDS = 3.0  # the workers of a preparation that was killed take a moment to end
 STAGES = ("clean", "repeats", "select", "tokenise")  # those that count
 
 
@@ -81,11 +83,23 @@ def prepare(corpus: CorpusConfig) -> Statistics:
             return done
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{output}: another process is preparing this corpus") from None
+        if not _locked(lock):
+            raise UserError(f"{output}: another process is preparing this corpus")
         return _Preparation(corpus, output).run()
+
+
+def _locked(file: TextIO) -> bool:
+    """Takes the lock that a preparation and its workers hold; they may be about to end."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        else:
+            return True
 
 
 class _Preparation:
