@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(run: Any, workdir: Path, stop: Any) -> int:
-    from danube_jax.training.loop import train
+    from danube_jax.training.run import train
 
     try:
         status = train(run, workdir, stop)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from danube_jax.config import parse_config
-from danube_jax.training.loop import train
+from danube_jax.training.run import train
 from danube_jax.training.signals import StopRequest
 
 CONFIG = """

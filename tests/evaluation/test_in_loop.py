@@ -16,7 +16,7 @@ from danube_jax.evaluation.harness import DanubeLM
 from danube_jax.evaluation.in_loop import Benchmarks
 from danube_jax.evaluation.run import run_tasks
 from danube_jax.evaluation.tasks import load_tasks, select
-from danube_jax.training.loop import train
+from danube_jax.training.run import train
 from danube_jax.training.signals import StopRequest
 
 TASKS = "tiny_choice,tiny_generation"

@@ -22,7 +22,7 @@ EVALUATE = ("-m", "danube_jax.evaluate")
 PREPARE = ("tools/prepare_data.py",)
 FROM_HF, TO_HF = ("tools/convert_from_hf.py",), ("tools/convert_to_hf.py",)
 LIBRARIES = (
-    "danube_jax.training.loop",
+    "danube_jax.training.run",
     "danube_jax.report.page",
     "danube_jax.interop.import_hf",
     "danube_jax.interop.export_hf",

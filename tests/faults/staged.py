@@ -138,11 +138,11 @@ def _stage_training(log: StageLog, delay: float, windows: Path) -> None:
     from orbax.checkpoint._src.path import atomicity
 
     from danube_jax.report import page
-    from danube_jax.training import loop
+    from danube_jax.training import loop, run
     from danube_jax.training.checkpoint import Checkpointer
     from danube_jax.training.terminal import TrainingDisplay
 
-    log.around(loop, "open_run_data", "opening data")
+    log.around(run, "open_run_data", "opening data")
     log.around(loop.Trainer, "__init__", "set-up")
     log.around(Checkpointer, "restore_latest", "restoring")
     log.around(loop.Trainer, "_evaluate", "evaluation")

@@ -23,7 +23,7 @@ pytest.importorskip("lm_eval")
 
 FULL_QUICK, FULL_SLOW = 40, 10  # damages a kind in the full form
 PRELOAD = (
-    *("danube_jax.training.loop", "danube_jax.training.tuning", "danube_jax.interop.peft"),
+    *("danube_jax.training.run", "danube_jax.training.tuning", "danube_jax.interop.peft"),
     *("danube_jax.data.corpus.pipeline", "danube_jax.data.corpus.html", "pyarrow.parquet"),
     *("danube_jax.evaluation.harness", "danube_jax.evaluation.mt_bench_run"),
     *("lm_eval.evaluator", "lm_eval.tasks", "datasets"),

@@ -25,7 +25,7 @@ class Run:
 def trained(corpus, tmp_path_factory) -> Run:
     """A tiny windowed model with more rows than its tokenizer has ids: four steps in FP8."""
     from danube_jax.config import parse_config
-    from danube_jax.training.loop import train
+    from danube_jax.training.run import train
     from danube_jax.training.signals import StopRequest
 
     spec = importlib.util.spec_from_file_location("tiny_config", corpus.config)
