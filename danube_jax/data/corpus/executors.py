@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ USER_ERROR = re.compile(r"danube_jax\.errors\.UserError: (.+)")
 
 class _Local(LocalPipelineExecutor):
     """datatrove's, which keeps its log in its files."""
+
+    def run(self):
+        with warnings.catch_warnings():
+            # JAX warns of any fork. The one here, of datatrove's shared counters, uses none of it.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            return super().run()
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
         if multiprocess.parent_process() is not None:
