@@ -256,6 +256,7 @@ def make_train_step(
     Metrics are means over valid tokens or pairs, on the device. With `fp8_config`, the first call
     measures the scales of a state that has none yet. `sum_in_place` False leaves the gradients of
     all weights to autodiff and adds them up afterwards (not in FP8).
+    `spike_guard` skips spikes as `update` does.
     """
     shardings = state_shardings(mesh, specs)
     replicated = NamedSharding(mesh, P())
