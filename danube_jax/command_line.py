@@ -15,8 +15,8 @@ from absl import logging as absl_logging
 
 from danube_jax.config import RunConfig, parse_config
 from danube_jax.console import warn
-from danube_jax.errors import UserError, exit_on_user_error
-from danube_jax.interruption import Interrupted, exit_on_signal, retry
+from danube_jax.errors import EXIT_INTERRUPTED, UserError, exit_on_user_error
+from danube_jax.interruption import Interrupted, exit_on_signal, leave
 
 
 def parse_flags(
@@ -120,8 +120,16 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     threading.excepthook = lambda args: _on_background_error(args.exc_value)
     sys.unraisablehook = lambda args: _on_background_error(args.exc_value)
     sys.excepthook = _on_error
-    with exit_on_user_error(), exit_on_signal():
-        raise SystemExit(main(sys.argv))
+    try:
+        with exit_on_user_error(), exit_on_signal():
+            status = main(sys.argv)
+    except SystemExit as error:
+        if error.code == EXIT_INTERRUPTED:
+            leave(EXIT_INTERRUPTED)
+        raise
+    if status == EXIT_INTERRUPTED:
+        leave(EXIT_INTERRUPTED)
+    raise SystemExit(status)
 
 
 def _on_error(kind: type, error: BaseException, traceback: TracebackType | None) -> None:
@@ -134,6 +142,6 @@ def _on_error(kind: type, error: BaseException, traceback: TracebackType | None)
 def _on_background_error(error: BaseException | None) -> None:
     """One line, and none for callbacks that come after a failed save has ended its event loop."""
     if isinstance(error, Interrupted):
-        retry()
-    elif "Event loop is closed" not in str(error):
+        return  # raised while an object was finalised, which goes no further; it comes again
+    if "Event loop is closed" not in str(error):
         warn(f"in the background: {' '.join(str(error).split())[:300]}")

@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _main()
     except Interrupted as interrupted:
+        interrupted.handled()
         kept = "; the same command goes on from here" if _CACHE.value else ""
         info(f"{interrupted}: stopped{kept}")
         return EXIT_INTERRUPTED

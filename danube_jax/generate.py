@@ -26,6 +26,7 @@ from danube_jax import command_line, files
 from danube_jax.console import info, progress
 from danube_jax.errors import UserError, printable
 from danube_jax.inference import sampling_flags
+from danube_jax.interruption import handled
 
 _MODEL = flags.DEFINE_string("model", None, "A workdir, a checkpoint step, or a HF folder.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to be continued.")
@@ -148,12 +149,14 @@ def _show_stream(generator: Any, prompt: Any, sampling: Any) -> int:
 
     count, shown, text = 0, 0, ""
     sampling = dataclasses.replace(sampling, max_tokens=prompt.max_tokens)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         for chunk in generator.stream(prompt.tokens, sampling):
             text += chunk.text
             visible = text if prompt.request.messages is None else trim_answer(text)
             print(_for_reader(visible[shown:]), end="", flush=True)
             shown, count = len(visible), count + len(chunk.tokens)
+    except KeyboardInterrupt as stop:
+        handled(stop)
     print(flush=True)
     return count
 

@@ -3,12 +3,14 @@
 Training has its own way with signals once there is something to save: `training/signals.py`.
 """
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 from danube_jax.errors import EXIT_INTERRUPTED
 
@@ -20,8 +22,25 @@ JAX_FINDS_PLUGINS = "discover_pjrt_plugins"  # a function of jax's xla_bridge
 class Interrupted(BaseException):
     """A signal asked the program to stop; its name is the text.
 
-    Not an `Exception`, or whoever handles any error of a library would take it for one.
+    Not an `Exception`, or whoever handles any error of a library would take it for one. Some
+    libraries drop even others (a bare `except`, a C function that clears errors): one that dies
+    before `handled` was called has the signal handled once more.
     """
+
+    _lost = False
+
+    def handled(self) -> None:
+        """To be called by whoever catches it and does not raise it again."""
+        self._lost = False
+
+    def raised_by_signal(self) -> "Interrupted":
+        """Itself, which from now on is not to be dropped."""
+        self._lost = True
+        return self
+
+    def __del__(self) -> None:
+        if self._lost:
+            retry()
 
 
 class KeyboardInterrupted(Interrupted, KeyboardInterrupt):
@@ -47,15 +66,17 @@ def raise_interrupted(
     if _is_importing(frame):
         retry()
     else:
-        raise interrupted_by(number)
+        raise interrupted_by(number).raised_by_signal()
+
+
+def handled(error: BaseException) -> None:
+    """Calls `Interrupted.handled` of what may be one."""
+    if isinstance(error, Interrupted):
+        error.handled()
 
 
 def retry() -> None:
-    """Has the last signal handled once more in a moment.
-
-    For `sys.unraisablehook`: an exception that is raised while an object is finalised goes no
-    further than there.
-    """
+    """Has the last signal handled once more in a moment."""
     signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
 
 
@@ -91,6 +112,7 @@ def exit_on_signal() -> Iterator[None]:
     try:
         yield
     except Interrupted as interrupted:
+        interrupted.handled()
         print(
             f"{interrupted}: stopped; nothing half-written stays, and the same command starts "
             "again or goes on",
@@ -101,3 +123,16 @@ def exit_on_signal() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the program: exit handlers run, streams are flushed, libraries are not torn down.
+
+    An exception that a signal raised amid JAX's work can leave it in a state in which the end of
+    the interpreter is a segmentation fault.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
                 status = _train(run, workdir, stop)
             return status
         except Interrupted as interrupted:
+            interrupted.handled()
             print(
                 f"{interrupted}: stopped before the first step; the same command starts again",
                 file=sys.stderr,

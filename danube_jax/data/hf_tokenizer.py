@@ -31,6 +31,7 @@ from danube_jax.data.sentencepiece_tokenizer import (
 )
 from danube_jax.data.tokenizer_base import CHAT_TEMPLATE_FILE, Tokenizer, with_the_next
 from danube_jax.errors import UserError
+from danube_jax.interruption import Interrupted
 
 TOKENIZER_JSON = "tokenizer.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -341,7 +342,7 @@ def _load(path: Path, folder: Path | None, config: dict) -> Any:
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         )
-    except (UserError, KeyboardInterrupt, SystemExit):
+    except (UserError, Interrupted, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # plain ones, and the panics of a library in Rust
         reason = " ".join(str(error).split())[:200]

@@ -18,6 +18,7 @@ from danube_jax.inference.conversation import (
 from danube_jax.inference.requests import check_text
 from danube_jax.inference.sampling import SamplingConfig
 from danube_jax.inference.sampling_flags import SETTINGS, parse_setting
+from danube_jax.interruption import handled
 
 # Ordinary text in Danube's formats: a model that writes it has begun the user's next question.
 _USER_MARK = "<|prompt|>"
@@ -125,7 +126,8 @@ class ChatSession:
                 self._write(answer.lstrip()[len(shown) :])
                 progress.append((progress[-1][0] + len(chunk.tokens), time.monotonic()))
                 reason = chunk.finish_reason
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            handled(stop)
             reason = "stopped"
         self._write("\n")
         if answer or reason != "stopped":
@@ -219,7 +221,8 @@ def converse(
     while True:
         try:
             text = read_turn(read_line)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            handled(stop)
             if interrupted or not interactive:
                 return
             interrupted = True

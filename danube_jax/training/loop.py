@@ -418,6 +418,7 @@ class Trainer:
         except Interrupted as interrupted:
             if not stop.deferred:
                 raise
+            interrupted.handled()
             warn(f"{interrupted}: saving, then stopping; once more ends at once")
             return False
         if not self.benchmarks.due(self.step, self.last_step):

@@ -50,6 +50,7 @@ def one_of_several() -> Iterator[None]:
     except SystemExit as error:
         status = error.code
     except Interrupted as interrupted:
+        interrupted.handled()
         print(f"{interrupted}: stopped before the first step", file=sys.stderr)
         status = EXIT_INTERRUPTED
     except BaseException:
