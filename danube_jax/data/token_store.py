@@ -13,6 +13,7 @@ import concurrent.futures
 import functools
 import json
 import os
+import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -280,7 +281,7 @@ def _check_array(path: Path, dtype: np.dtype, count: int) -> None:
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise UserError(f"{path}: missing, though {MANIFEST} lists it; {mend}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"{path}: its header cannot be read ({error}); {mend}") from None
     if found != dtype or shape != (count,):
         raise UserError(

@@ -77,7 +77,7 @@ def _read(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as content:
             arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # NumPy and zipfile raise many kinds; it can be made again
         warn(f"{path}: cannot be read ({error}); computing it again")
         return None
     if str(arrays.pop(_FINGERPRINT, "")) != fingerprint:

@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import pickle
@@ -202,6 +203,25 @@ def test_open_refuses_what_is_not_a_whole_store(tmp_path, store):
         refused(match)
     manifest_file.write_text("{")
     refused("cannot be read as JSON")
+
+
+def test_every_bit_of_an_arrays_header_counts_or_changes_nothing(store, documents):
+    path = store.path / "offsets-00001.npy"
+    whole = path.read_bytes()
+    header = 10 + int.from_bytes(whole[8:10], "little")
+    refusals = 0
+    for bit in range(8 * header):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=path.name):
+            TokenStore.open(store.path).verify()
+        with contextlib.suppress(UserError):
+            opened = TokenStore.open(store.path)
+            np.testing.assert_array_equal(opened.read(np.array([0]), 8)[0], documents[0][:8])
+            continue
+        refusals += 1
+    assert refusals > 4 * header
 
 
 def test_threads_may_map_shards_at_once(monkeypatch, store, documents):
