@@ -18,22 +18,29 @@ _SYNCERS = 8  # they wait for the disk, which takes several at once
 
 
 @contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the disk in the block that name no file, as where it is full, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only once its block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.filename is None:  # as where a disk is full
-            error.filename = str(path)
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -87,6 +94,15 @@ def _clear_leftovers(output: Path) -> None:
             os.rename(path, output)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Removes what processes that were killed within `atomic_writer` left in a folder."""
+    for path in folder.iterdir():
+        found = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if found and not _is_running(int(found[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _is_running(process: int) -> bool:
