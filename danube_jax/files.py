@@ -52,7 +52,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     What stood at `output` is replaced; where the block fails, it stays and the temporary goes.
 
     Raises:
-      UserError: the folder cannot be made or moved.
+      UserError: the folder cannot be made, or the disk does not take what the block writes into it.
     """
     output = Path(os.path.abspath(output))
     mark = f"{socket.gethostname()}-{os.getpid()}"
@@ -71,6 +71,13 @@ def atomic_folder(output: Path) -> Iterator[Path]:
             os.rename(output, old)
         os.rename(temporary, output)
         sync_folder(output.parent)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(temporary)):
+            raise  # of what is read
+        raise UserError(
+            f"{output}: cannot be written: {error.strerror or error}; make room or choose another "
+            "folder and run the same command again"
+        ) from error
     finally:
         if old.exists() and not output.exists():
             os.rename(old, output)
