@@ -295,6 +295,21 @@ def test_evaluation_sets_that_change_later_are_refused(tmp_path, monkeypatch, st
     assert set(TEXTS[:20]) - kept == {TEXTS[3]}
 
 
+def test_half_written_signatures_of_a_killed_task_are_not_read(
+    inputs, prepared, tmp_path, monkeypatch
+):
+    corpus = preparation(inputs, tmp_path / "out")
+    stop_before(monkeypatch, "minhash_buckets")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus)
+    monkeypatch.undo()
+    folder = tmp_path / "out" / "work" / "clean" / "signatures" / "bucket_000"
+    assert (folder / "00001.minhash.sig").is_file()
+    (folder / ".00001.minhash.sig.8335.tmp").write_bytes(bytes(7))
+    prepare(corpus)
+    assert tree(tmp_path / "out") == tree(prepared)
+
+
 def test_a_store_that_was_finished_by_a_killed_run_loses_its_ledger(inputs, prepared, tmp_path):
     """The kill came between its manifest and the removal of the ledger."""
     output = tmp_path / "out"

@@ -329,8 +329,11 @@ class _Preparation:
         """Finds near duplicates; returns the folder that says which documents go."""
         step = self.steps.minhash
         pairs, removal = self._folder("minhash_buckets", "pairs"), self._folder("cluster", "remove")
+        signatures = self._folder(signed, "signatures")
+        for leftover in signatures.rglob(".*.tmp"):  # of a killed task; datatrove reads every file
+            leftover.unlink(missing_ok=True)
         buckets = MinhashDedupBuckets(
-            str(self._folder(signed, "signatures")),
+            str(signatures),
             str(pairs),
             config=minhash.datatrove_config(step),
             only_dedup_in_index=False,
