@@ -79,6 +79,8 @@ def assert_refused(ended: Ended, reason: str, folder: Path) -> None:
 
 def stage_of(output: Path) -> str:
     """The stage that a stopped preparation was in."""
+    if (output / "documents").is_dir():
+        return "finish"
     stages = (output / "work").iterdir() if (output / "work").is_dir() else ()
     return max(stages, key=lambda path: path.stat().st_ctime_ns).name if stages else "none"
 
