@@ -16,6 +16,7 @@ DISK_ERRORS = (
     errno.EIO,
     errno.ESTALE,
 )
+NO_TEMPORARY = "No usable temporary directory"  # Python's words where all of them are full
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
@@ -50,7 +51,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and NO_TEMPORARY not in str(error):
             raise
         print(
             f"error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another "

@@ -18,22 +18,29 @@ _SYNCERS = 8  # they wait for the disk, which takes several at once
 
 
 @contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the disk in the block that name no file, as where it is full, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only once its block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.filename is None:  # as where a disk is full
-            error.filename = str(path)
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -45,7 +52,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     What stood at `output` is replaced; where the block fails, it stays and the temporary goes.
 
     Raises:
-      UserError: the folder cannot be made or moved.
+      UserError: the folder cannot be made, or the disk does not take what the block writes into it.
     """
     output = Path(os.path.abspath(output))
     mark = f"{socket.gethostname()}-{os.getpid()}"
@@ -64,6 +71,13 @@ def atomic_folder(output: Path) -> Iterator[Path]:
             os.rename(output, old)
         os.rename(temporary, output)
         sync_folder(output.parent)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(temporary)):
+            raise  # of what is read
+        raise UserError(
+            f"{output}: cannot be written: {error.strerror or error}; make room or choose another "
+            "folder and run the same command again"
+        ) from error
     finally:
         if old.exists() and not output.exists():
             os.rename(old, output)
@@ -87,6 +101,15 @@ def _clear_leftovers(output: Path) -> None:
             os.rename(path, output)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Removes what processes that were killed within `atomic_writer` left in a folder."""
+    for path in folder.iterdir():
+        found = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if found and not _is_running(int(found[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _is_running(process: int) -> bool:

@@ -180,7 +180,8 @@ def save_params(
       advance: called with the bytes of every array that is written.
 
     Raises:
-      UserError: an array cannot be read, or the disk does not take it.
+      UserError: an array cannot be read.
+      OSError: the disk does not take it.
     """
     step_folder = Path(step_folder).absolute()
     tree: dict[str, Any] = {}
@@ -205,14 +206,8 @@ def save_params(
             checkpointer.save(step_folder / META, args=ocp.args.JsonSave(content), force=True)
     except Exception as error:
         cause = handler.error or error
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError | OSError):
             raise cause from None
-        if isinstance(cause, OSError):
-            reason = cause.strerror or cause
-            raise UserError(
-                f"{step_folder.parent.parent}: cannot be written: {reason}; make room or choose "
-                "another folder"
-            ) from error
         raise
 
 

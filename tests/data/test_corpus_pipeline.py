@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pydoc_data.topics import topics
@@ -12,9 +13,11 @@ import pytest
 from corpus_config import make, write_jsonl
 from tokenizer_models import byte_level_folder
 
+from danube_jax.data.corpus import pipeline
 from danube_jax.data.corpus.pipeline import prepare
 from danube_jax.data.corpus.statistics import Statistics
-from danube_jax.data.corpus.tokenise import placed
+from danube_jax.data.corpus.tokenise import WriteStores, placed
+from danube_jax.data.corpus.tokenizer_sample import read_documents
 from danube_jax.data.token_store import TokenStore
 from danube_jax.data.tokenizer import open_tokenizer, train_bpe
 from danube_jax.errors import UserError
@@ -221,6 +224,102 @@ def test_a_mended_file_can_be_read_after_a_first_try(tmp_path):
     assert dict(statistics.steps())["read"]["documents_in"] == 20
 
 
+def with_sets(folder):
+    """A preparation that removes what the evaluation sets in `folder` hold."""
+    decontamination = {"enabled": True, "path": str(folder / "sets")}
+    changes = {f"steps__decontamination__{key}": value for key, value in decontamination.items()}
+    return make(folder / "out", {"a": folder / "a.jsonl"}, steps__minhash__buckets=2, **changes)
+
+
+def write_set(folder, name, text):
+    """An evaluation set of one question: words out of the middle of a text."""
+    words = text.split()
+    write_jsonl(folder / "sets" / f"{name}.jsonl", [" ".join(words[20:50])])
+
+
+def stop_before(monkeypatch, stage):
+    """The next preparation stops before a stage, as one that is killed there."""
+    run = pipeline.Runner.run
+
+    def stopping(self, name, *args):
+        if name == stage:
+            raise KeyboardInterrupt
+        run(self, name, *args)
+
+    monkeypatch.setattr(pipeline.Runner, "run", stopping)
+
+
+def test_evaluation_sets_that_change_before_the_first_task(tmp_path, monkeypatch):
+    """Their runs of words were noted by then, and are noted anew."""
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
+    write_set(tmp_path, "exam", TEXTS[3])
+    stop_before(monkeypatch, "clean")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(with_sets(tmp_path))
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "work" / "clean" / "decontamination.npz").is_file()
+    write_set(tmp_path, "exam", TEXTS[5])
+    prepare(with_sets(tmp_path))
+    kept = {row["text"] for row in read_documents(tmp_path / "out" / "documents")}
+    assert set(TEXTS[:20]) - kept == {TEXTS[5]}
+
+
+@pytest.mark.parametrize("stage", ["select", None], ids=["stopped", "finished"])
+def test_evaluation_sets_that_change_later_are_refused(tmp_path, monkeypatch, stage):
+    """Changed, new or gone, with documents already removed for the old ones."""
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
+    write_set(tmp_path, "exam", TEXTS[3])
+    if stage:
+        stop_before(monkeypatch, stage)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(with_sets(tmp_path))
+        monkeypatch.undo()
+    else:
+        prepare(with_sets(tmp_path))
+    before = tree(tmp_path / "out")
+    message = r"was prepared with another file of decontamination\.path/{}\.jsonl; delete it"
+    write_set(tmp_path, "exam", TEXTS[5])
+    with pytest.raises(UserError, match=message.format("exam")):
+        prepare(with_sets(tmp_path))
+    write_set(tmp_path, "exam", TEXTS[3])
+    write_set(tmp_path, "more", TEXTS[5])
+    with pytest.raises(UserError, match=message.format("more")):
+        prepare(with_sets(tmp_path))
+    (tmp_path / "sets" / "more.jsonl").rename(tmp_path / "sets" / "exam.jsonl")
+    with pytest.raises(UserError, match=message.format("exam")):
+        prepare(with_sets(tmp_path))
+    assert tree(tmp_path / "out") == before
+    write_set(tmp_path, "exam", TEXTS[3])
+    prepare(with_sets(tmp_path))
+    kept = {row["text"] for row in read_documents(tmp_path / "out" / "documents")}
+    assert set(TEXTS[:20]) - kept == {TEXTS[3]}
+
+
+def test_half_written_signatures_of_a_killed_task_are_not_read(
+    inputs, prepared, tmp_path, monkeypatch
+):
+    corpus = preparation(inputs, tmp_path / "out")
+    stop_before(monkeypatch, "minhash_buckets")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus)
+    monkeypatch.undo()
+    folder = tmp_path / "out" / "work" / "clean" / "signatures" / "bucket_000"
+    assert (folder / "00001.minhash.sig").is_file()
+    (folder / ".00001.minhash.sig.8335.tmp").write_bytes(bytes(7))
+    prepare(corpus)
+    assert tree(tmp_path / "out") == tree(prepared)
+
+
+def test_a_store_that_was_finished_by_a_killed_run_loses_its_ledger(inputs, prepared, tmp_path):
+    """The kill came between its manifest and the removal of the ledger."""
+    output = tmp_path / "out"
+    shutil.copytree(prepared, output)
+    (output / "stores" / "a" / "train" / "ledger.jsonl").write_text("{}\n")
+    corpus = preparation(inputs, output)
+    WriteStores(corpus, corpus.tokenizer, tmp_path / "pieces", output / "stores", {}).run(rank=0)
+    assert tree(output) == tree(prepared)
+
+
 def test_repeated_paragraphs_go_but_their_first_stays(tmp_path):
     line = "A line of a notice that stands under every page of this site, and says the same."
     texts = [f"{text[:900]}\n\n{line}\n\n{text[900:1800]}" for text in TEXTS if len(text) > 1800]
@@ -232,8 +331,6 @@ def test_repeated_paragraphs_go_but_their_first_stays(tmp_path):
 
 
 def test_removed_documents_are_written_on_demand(tmp_path):
-    from danube_jax.data.corpus.tokenizer_sample import read_documents
-
     path = write_jsonl(tmp_path / "a.jsonl", [*TEXTS[:20], "too short", TEXTS[0]])
     off = ("language", "gopher_repetition", "fineweb", "unicode", "masking")
     loose = {"steps__gopher_quality__min_alphabetic_words": 0.0}

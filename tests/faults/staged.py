@@ -97,6 +97,7 @@ def install(log_path: str, delay: float, hold: str, program: str) -> None:
         _stage_runner(log, pipeline.Runner)
         log.around(pipeline, "train_on_documents", "preparation: tokenizer")
         log.around(pipeline._Preparation, "_finish", "preparation: finish")
+        log.around(pipeline.Statistics, "save", "preparation: statistics", "preparation: finish")
         log.around(html, "write_page", "preparation: page")
     elif program.endswith("convert_to_hf.py"):
         from danube_jax.interop import export_hf, model_source

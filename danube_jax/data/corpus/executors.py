@@ -1,19 +1,23 @@
 """Runs a stage's tasks on datatrove's executors, with progress."""
 
 import contextlib
+import copy
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import threading
 import time
-import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
-import multiprocess
 from datatrove.executor.local import LocalPipelineExecutor
 from loguru import logger
 
@@ -29,18 +33,49 @@ USER_ERROR = re.compile(r"danube_jax\.errors\.UserError: (.+)")
 
 
 class _Local(LocalPipelineExecutor):
-    """datatrove's, which keeps its log in its files."""
+    """datatrove's, which keeps its log in its files, on a pool that notices when a worker dies.
 
-    def run(self):
-        with warnings.catch_warnings():
-            # JAX warns of any fork. The one here, of datatrove's shared counters, uses none of it.
-            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-            return super().run()
+    datatrove's own pool waits for ever for a worker that was killed, and a process that it forks
+    outlives this one where that is killed. The workers here end with this process.
+
+    Args:
+      lock: a descriptor that workers hold as long as they live, such as that of a locked file.
+    """
+
+    def __init__(self, *, lock: int | None, **shared: Any):
+        super().__init__(**shared)
+        self._lock = lock
+
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        self.save_executor_as_json()
+        if self.workers == 1:
+            for rank in ranks:
+                self.run_task(rank)
+            return
+        context = multiprocessing.get_context("forkserver")
+        # Workers are forked from a server that has everything imported.
+        context.set_forkserver_preload(["danube_jax.data.corpus.pipeline"])
+        ended, end = context.Pipe(duplex=False)
+        given = (self, ended, None if self._lock is None else _Held(self._lock))
+        with ended, end:
+            pool = ProcessPoolExecutor(self.workers, context, _begin_worker, given)
+            try:
+                for done in as_completed([pool.submit(_run_task, rank) for rank in ranks]):
+                    done.result()
+            except BaseException:
+                end.close()  # ends the workers amid their tasks
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def run_task(self, rank: int) -> None:
+        """Runs one task on blocks of its own, since they count, and hold files open."""
+        fresh = copy.copy(self)
+        fresh.pipeline = copy.deepcopy(self.pipeline)
+        fresh._run_for_rank(rank)
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-        if multiprocess.parent_process() is not None:
-            # An interrupt from the terminal is the parent's, which ends its workers.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             # Its log also goes to what is stderr when a task begins.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -49,11 +84,49 @@ class _Local(LocalPipelineExecutor):
             logger.remove()  # datatrove puts its default back
 
 
+class _Held:
+    """A descriptor of which a worker gets a copy."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+
+    def __reduce__(self):
+        return _taken, (DupFd(self._descriptor),)
+
+
+def _taken(copied: Any) -> int:
+    return copied.detach()
+
+
+_worker_executor: _Local | None = None  # in a worker: whose tasks it runs
+
+
+def _begin_worker(executor: _Local, ended: Connection, lock: int | None) -> None:
+    """Begins a worker, which ends when the other end of `ended` does; it never closes `lock`."""
+    global _worker_executor
+    _worker_executor = executor
+    # An interrupt from the terminal is the parent's, which ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
+
+
+def _end_with(ended: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        ended.recv()
+    os._exit(1)
+
+
+def _run_task(rank: int) -> None:
+    assert _worker_executor is not None
+    _worker_executor.run_task(rank)
+
+
 class Runner:
     """Runs stages one after another."""
 
-    def __init__(self, config: ExecutorConfig, folder: Path):
-        self.config, self.folder = config, Path(folder)
+    def __init__(self, config: ExecutorConfig, folder: Path, lock: int | None = None):
+        """`folder` is for logs and marks; local workers hold the descriptor `lock`."""
+        self.config, self.folder, self.lock = config, Path(folder), lock
         self.workers = config.workers or os.cpu_count() or 1
 
     def run(self, name: str, pipeline: list, tasks: int, total_bytes: int = 0) -> None:
@@ -78,9 +151,15 @@ class Runner:
                 executor.run()
             except UserError:
                 raise
+            except BrokenProcessPool:
+                raise RunError(
+                    f"a worker of the stage {name} was killed, perhaps since memory ran out; fewer "
+                    "of them (config.executor.workers) need less; the same command goes on from "
+                    "here"
+                ) from None
             except Exception as error:
                 cause = getattr(error, "cause", None)
-                if isinstance(cause, UserError):  # Ray wraps what a task raises
+                if isinstance(cause, UserError | OSError):  # Ray wraps what a task raises
                     raise cause from None
                 raise
             finally:
@@ -106,9 +185,7 @@ class Runner:
         shared = {"pipeline": pipeline, "tasks": tasks, "logging_dir": str(logs)}
         shared["workers"] = min(tasks, self.workers)
         if config.kind == "local":
-            # Workers are forked from a server that has everything imported.
-            multiprocess.set_forkserver_preload(["danube_jax.data.corpus.pipeline"])
-            return _Local(**shared)
+            return _Local(lock=self.lock, **shared)
         if config.kind == "ray":
             return _ray_executor(shared, config)
         from datatrove.executor.slurm import SlurmPipelineExecutor

@@ -24,8 +24,10 @@ BAR, ROW = 300, 22
 
 
 def write_page(statistics: Statistics, path: Path) -> None:
-    """Writes the page of a preparation."""
-    files.write_bytes(path, page(statistics).encode("utf-8", "replace"))
+    """Writes the page of a preparation, where it is not there as it should be."""
+    data = page(statistics).encode("utf-8", "replace")
+    if not path.is_file() or path.read_bytes() != data:
+        files.write_bytes(path, data)
 
 
 def page(statistics: Statistics) -> str:

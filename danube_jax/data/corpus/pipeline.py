@@ -82,10 +82,13 @@ def prepare(corpus: CorpusConfig) -> Statistics:
         if done is not None:
             return done
     output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".lock", "w") as lock:
+    with files.named(output), open(output / ".lock", "w") as lock:
         if not _locked(lock):
-            raise UserError(f"{output}: another process is preparing this corpus")
-        return _Preparation(corpus, output).run()
+            raise UserError(
+                f"{output}: another process is preparing this corpus; wait for it, or stop it and "
+                "run the same command again"
+            )
+        return _Preparation(corpus, output, lock.fileno()).run()
 
 
 def _locked(file: TextIO) -> bool:
@@ -103,7 +106,7 @@ def _locked(file: TextIO) -> bool:
 
 
 class _Preparation:
-    def __init__(self, corpus: CorpusConfig, output: Path):
+    def __init__(self, corpus: CorpusConfig, output: Path, lock: int | None = None):
         self.corpus, self.output, self.work = corpus, output, output / "work"
         self.steps = corpus.steps
         parts = list_inputs(corpus)
@@ -119,12 +122,13 @@ class _Preparation:
                 if source.builtin
             },
         }
-        self.runner = Runner(corpus.executor, self.work)
+        self.runner = Runner(corpus.executor, self.work, lock)
 
     def run(self) -> Statistics:
         done = self.finished()
         if done is not None:
             return done
+        files.clear_temporaries(self.output)
         self._check_plan()
         if not self.corpus.tokenizer.train_vocab_size:
             load_tokenizer(self.corpus.tokenizer).framing()  # refused before the work, not after
@@ -152,7 +156,9 @@ class _Preparation:
             return None
         # Packages may have come or gone since: their text is in the stores.
         self._refuse(_changes(self._plan_before(), self.plan | {"installed": {}}))
-        shutil.rmtree(self.work, ignore_errors=True)  # where a kill came before its removal
+        # Where a kill came before their removal.
+        shutil.rmtree(self.work, ignore_errors=True)
+        files.clear_temporaries(self.output)
         info(f"data: already prepared in {self.output}")
         return Statistics.load(statistics)
 
@@ -323,8 +329,11 @@ class _Preparation:
         """Finds near duplicates; returns the folder that says which documents go."""
         step = self.steps.minhash
         pairs, removal = self._folder("minhash_buckets", "pairs"), self._folder("cluster", "remove")
+        signatures = self._folder(signed, "signatures")
+        for leftover in signatures.rglob(".*.tmp"):  # of a killed task; datatrove reads every file
+            leftover.unlink(missing_ok=True)
         buckets = MinhashDedupBuckets(
-            str(self._folder(signed, "signatures")),
+            str(signatures),
             str(pairs),
             config=minhash.datatrove_config(step),
             only_dedup_in_index=False,

@@ -17,14 +17,13 @@ FILE = "{:05d}.jsonl.zst"
 
 def document_writer(folder: Path) -> JsonlWriter:
     """datatrove's writer: a compressed JSON line a document, a file a task."""
-    return JsonlWriter(
-        str(folder), output_filename="${rank}.jsonl.zst", compression="zstd", adapter=_row
-    )
+    return _DocumentWriter(str(folder), output_filename="${rank}.jsonl.zst", compression="zstd")
 
 
-def _row(writer: JsonlWriter, document: Document) -> dict:
-    metadata = {key: value for key, value in document.metadata.items() if key != NUMBER}
-    return {"id": document.id, "text": document.text, "metadata": metadata}
+class _DocumentWriter(JsonlWriter):
+    def _default_adapter(self, document: Document) -> dict:
+        metadata = {key: value for key, value in document.metadata.items() if key != NUMBER}
+        return {"id": document.id, "text": document.text, "metadata": metadata}
 
 
 class StageReader(PipelineStep):

@@ -25,7 +25,7 @@ from danube_jax.data.corpus.quality import SCORE, bucket_bounds, bucket_of
 from danube_jax.data.corpus.rule import SOURCE
 from danube_jax.data.corpus.tally import Tally, utf8_size
 from danube_jax.data.token_store import MANIFEST, is_finished, token_dtype
-from danube_jax.data.token_store_writer import TokenStoreWriter
+from danube_jax.data.token_store_writer import LEDGER, TokenStoreWriter
 from danube_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = ("train", "heldout")
@@ -205,7 +205,10 @@ class WriteStores(PipelineStep):
         store, part = self.targets[rank]
         paths = sorted((self.folder / store / part).glob("*.rows"))
         target = self.output / store / part
-        if not paths or is_finished(target):
+        if is_finished(target):
+            (target / LEDGER).unlink(missing_ok=True)  # where a kill came before its removal
+            return
+        if not paths:
             return
         tokenizer = load_tokenizer(self.tokenizer)
         dtype = token_dtype(tokenizer.vocab_size)
