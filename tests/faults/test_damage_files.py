@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from file_damage import Kind, Result, check, damages, other_json, other_lines
 from fork_commands import TRACEBACK, ForkServer, fork_server
 from safetensors.numpy import load_file, save_file
 from scripted_judge import ScriptedJudge, completion
+from sentencepiece import sentencepiece_model_pb2
 from tiny_folder import CONFIG, write_tiny_folder
 from tokenizer_models import LINES, byte_level_folder
 from tuning_config import conversation_rows, write_config, write_rows
@@ -353,8 +355,10 @@ def _mt_bench(
             return done, None
         summary = json.loads(result.read_text())
         del summary["judge"]
-        answers = (output / "mt_bench_answers.jsonl").read_text().splitlines()
-        return done, (summary, sorted(answers))
+        answers = (output / "mt_bench_answers.jsonl").read_bytes().split(b"\n")
+        # Rows, not bytes: \u001b and \u001B are the same character.
+        rows = [json.loads(line) for line in answers if line]
+        return done, (summary, sorted(rows, key=lambda row: row["question_id"]))
 
     if name in ("mt_bench_answers.jsonl", "mt_bench_judgments.jsonl"):
         finished, _ = run()
@@ -449,6 +453,53 @@ def test_damage(name, server, tmp_path):
     outcomes = check((QUICK | SLOW)[name](server, tmp_path), name, count)
     assert sum(outcomes.values()) == count
     print(f"{name}: {dict(outcomes)}")
+
+
+def _piece_that_is_not_utf8(path: Path) -> None:
+    """Damages a byte of the first piece of three ASCII letters in a SentencePiece model's file."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    piece = next(p.piece for p in proto.pieces if len(p.piece) == 3 and p.piece.isalpha())
+    data, field = path.read_bytes(), b"\x0a\x03"  # field 1, three bytes
+    assert data.count(field + piece.encode()) == 1
+    damaged = data.replace(field + piece.encode(), field + piece[0].encode() + b"\xff" + b"e")
+    assert sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(damaged)
+    path.write_bytes(damaged)
+
+
+def test_a_tokenizers_piece_that_is_not_utf8_is_refused_by_every_command(server, tmp_path):
+    """SentencePiece itself loads such a file, and fails when it is asked for the piece."""
+    folder, run = write_tiny_folder(tmp_path / "model"), tmp_path / "run"
+    done, _ = _convert(server, folder, run)
+    assert done.status == 0, done.err
+    rows = write_rows(tmp_path / "rows.jsonl", conversation_rows())
+    tuning = write_config(tmp_path / "tuning.py", objective="sft", base=folder, data=rows)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "a b c"}) + "\n")
+    corpus = tmp_path / "corpus.py"
+    corpus.write_text(CORPUS.format(output=tmp_path / "corpus", path=text))
+    for path in (folder / "tokenizer.model", run / "tokenizer" / "tokenizer.model"):
+        _piece_that_is_not_utf8(path)
+    named = str(folder / "tokenizer.model")
+    (run / "tokenizer" / "SHA256SUMS").unlink()  # which would tell, too
+    output = tmp_path / "output"
+    for program, flags in {
+        "danube_jax.generate": (f"--model={folder}", "--prompt=a"),
+        "danube_jax.train": (f"--config={tuning}", f"--workdir={output}"),
+        "tools/prepare_data.py": (
+            f"--config={corpus}",
+            f"--config.tokenizer.path={named}",
+            "--config.tokenizer.train_vocab_size=0",
+        ),
+        "tools/convert_from_hf.py": (f"--model={folder}", f"--output={output}"),
+        "tools/convert_to_hf.py": (f"--model={run}", f"--output={output}", "--noverify"),
+    }.items():
+        done = server.run(program, *flags)
+        assert done.status == 2, done
+        assert TRACEBACK not in done.err
+        path = run / "tokenizer" / "tokenizer.model" if "to_hf" in program else named
+        (line,) = done.errors
+        assert line.startswith(f"error: {path}: damaged or not a SentencePiece model; "), line
+        assert not output.exists(), program
 
 
 @pytest.mark.parametrize(
