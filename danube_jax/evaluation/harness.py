@@ -167,7 +167,8 @@ class DanubeLM(TemplateLM):
         continuation = context[len(stripped) :] + continuation
         whole = self.tok_encode(stripped + continuation)
         context_ids = self._encode_context(stripped)
-        return context_ids, whole[len(context_ids) :]
+        # White space alone, without BOS in front, is no token that something could follow.
+        return context_ids or [self.prefix_token_id], whole[len(context_ids) :]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False

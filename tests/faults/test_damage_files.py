@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from file_damage import Kind, Result, check, damages, other_json, other_lines
-from fork_commands import TRACEBACK, ForkServer, fork_server
+from fork_commands import TRACEBACK, ForkServer
 from safetensors.numpy import load_file, save_file
 from scripted_judge import ScriptedJudge, completion
 from sentencepiece import sentencepiece_model_pb2
@@ -24,27 +24,12 @@ from tuning_config import conversation_rows, write_config, write_rows
 pytest.importorskip("lm_eval")
 
 FULL_QUICK, FULL_SLOW = 40, 10  # damages a kind in the full form
-PRELOAD = (
-    *("danube_jax.training.run", "danube_jax.training.tuning", "danube_jax.interop.peft"),
-    *("danube_jax.data.corpus.pipeline", "danube_jax.data.corpus.html", "pyarrow.parquet"),
-    *("danube_jax.evaluation.harness", "danube_jax.evaluation.mt_bench_run"),
-    *("lm_eval.evaluator", "lm_eval.tasks", "datasets"),
-)
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 # Values of a config.json that nothing else in the folder confirms, and others that are not used.
 FREE = (
     *("max_position_embeddings", "rms_norm_eps", "rope_theta", "bos_token_id", "eos_token_id"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
 )
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    with fork_server(
-        *PRELOAD, JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
-    ) as forks:
-        yield forks
 
 
 def _model(tmp: Path) -> Path:
@@ -441,16 +426,16 @@ SLOW: dict[str, Build] = {
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_quick_damage(name, server, tmp_path):
-    assert sum(check(QUICK[name](server, tmp_path), name, 4).values()) == 4
+def test_quick_damage(name, commands, tmp_path):
+    assert sum(check(QUICK[name](commands, tmp_path), name, 4).values()) == 4
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3_600)
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_damage(name, server, tmp_path):
+def test_damage(name, commands, tmp_path):
     count = FULL_QUICK if name in QUICK else FULL_SLOW
-    outcomes = check((QUICK | SLOW)[name](server, tmp_path), name, count)
+    outcomes = check((QUICK | SLOW)[name](commands, tmp_path), name, count)
     assert sum(outcomes.values()) == count
     print(f"{name}: {dict(outcomes)}")
 
@@ -466,10 +451,10 @@ def _piece_that_is_not_utf8(path: Path) -> None:
     path.write_bytes(damaged)
 
 
-def test_a_tokenizers_piece_that_is_not_utf8_is_refused_by_every_command(server, tmp_path):
+def test_a_tokenizers_piece_that_is_not_utf8_is_refused_by_every_command(commands, tmp_path):
     """SentencePiece itself loads such a file, and fails when it is asked for the piece."""
     folder, run = write_tiny_folder(tmp_path / "model"), tmp_path / "run"
-    done, _ = _convert(server, folder, run)
+    done, _ = _convert(commands, folder, run)
     assert done.status == 0, done.err
     rows = write_rows(tmp_path / "rows.jsonl", conversation_rows())
     tuning = write_config(tmp_path / "tuning.py", objective="sft", base=folder, data=rows)
@@ -493,7 +478,7 @@ def test_a_tokenizers_piece_that_is_not_utf8_is_refused_by_every_command(server,
         "tools/convert_from_hf.py": (f"--model={folder}", f"--output={output}"),
         "tools/convert_to_hf.py": (f"--model={run}", f"--output={output}", "--noverify"),
     }.items():
-        done = server.run(program, *flags)
+        done = commands.run(program, *flags)
         assert done.status == 2, done
         assert TRACEBACK not in done.err
         path = run / "tokenizer" / "tokenizer.model" if "to_hf" in program else named
@@ -505,7 +490,7 @@ def test_a_tokenizers_piece_that_is_not_utf8_is_refused_by_every_command(server,
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 6))]
 )
-def test_damaged_replies_of_a_judge(seed, server, tmp_path):
+def test_damaged_replies_of_a_judge(seed, commands, tmp_path):
     """Every reply but the first is damaged; what is no verdict is asked for again."""
     reply = completion("It is fine.\\n\\nRating: [[7]]")[1]
 
@@ -513,7 +498,7 @@ def test_damaged_replies_of_a_judge(seed, server, tmp_path):
         damaged = list(damages(reply, f"reply {seed}", 1, number))
         return 200, damaged[0][1] if number else reply
 
-    kind = _mt_bench(server, tmp_path, "mt_bench_question.jsonl", _never, ScriptedJudge(script))
+    kind = _mt_bench(commands, tmp_path, "mt_bench_question.jsonl", _never, ScriptedJudge(script))
     done, _ = kind.run()
     assert done.status in (0, 2), done.err
     assert TRACEBACK not in done.err
