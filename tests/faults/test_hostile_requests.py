@@ -296,7 +296,7 @@ def _prompts(count: int, longest: int, seed: int) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("count", "longest"),
     [
-        (300, 90),
+        (200, 60),
         pytest.param(5_000, 470, marks=[pytest.mark.faults, pytest.mark.timeout(3_600)]),
     ],
 )
@@ -313,7 +313,7 @@ def test_many_prompts_of_all_lengths_need_few_programs_and_do_not_change_each_ot
     assert compiled <= 60, compiled
     generator.generate(_prompts(count // 4, longest, seed=1), settings)
     assert _programs() - before <= compiled + 6
-    chosen = np.random.default_rng(0).choice(count, 8, replace=False)
+    chosen = np.random.default_rng(0).choice(count, 8 if count > 1_000 else 4, replace=False)
     for i in chosen.tolist():
         (alone,) = generator.generate([prompts[i]], settings)[0]
         (together,) = answers[i]
@@ -325,7 +325,7 @@ def test_many_prompts_of_all_lengths_need_few_programs_and_do_not_change_each_ot
 def test_scores_do_not_depend_on_the_neighbours(generator):
     prompts = _prompts(40, 60, seed=9)
     together = generator.score(prompts)
-    for i in range(0, 40, 7):
+    for i in range(0, 40, 13):
         (alone,) = generator.score([prompts[i]])
         np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=2e-4)
 
