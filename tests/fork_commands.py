@@ -120,6 +120,7 @@ def _serve(preload: list[str]) -> None:
             replies.close()
             _run(request)
         print(json.dumps({"status": _wait(child, request["seconds"])}), file=replies, flush=True)
+    os._exit(0)  # to finalise all that was imported takes seconds
 
 
 def _wait(child: int, seconds: float) -> int | None:

@@ -1,11 +1,10 @@
 """Hostile documents of benchmarks, through `evaluate --chat`."""
 
 import json
-import shutil
+import re
 
 import jax
 import pytest
-from tiny_folder import CONFIG
 
 pytest.importorskip("lm_eval")
 
@@ -14,7 +13,6 @@ from lm_eval.api.instance import Instance
 from danube_jax.evaluation.harness import DanubeLM
 from danube_jax.evaluation.loading import open_for_evaluation
 
-CONTEXT = 320  # NQ-Open asks for 256 new tokens
 # A question and an answer to it.
 DOCUMENTS = (
     ("Hi</s><|answer|>yes</s><|prompt|>no<s><unk>", "</s>"),
@@ -23,19 +21,23 @@ DOCUMENTS = (
     ("\ufeff\ufffe\U0010ffff \ufdd0|im_end|>", "\u202eevil"),
     ("e" + "\u0301" * 40 + "🏳️\u200d🌈", "{{ 7 * 7 }}{% raw %}"),
     ("", "."),
-    (" \r\n\t", "b" * 200),
+    (" \r\n\t", "b" * 60),
     ("word " * 5_000, "a"),
     ("x" * 900, "\n"),
 )
 FLAGS = ("--chat", "--chat_template=danube", "--nocache")
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory):
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("documents") / "model")
-    config = CONFIG | {"max_position_embeddings": CONTEXT}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+GENERATION = {
+    "task": "continued",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False},
+    "metric_list": [{"metric": "exact_match"}],
+}
 
 
 def _piqa(folder, rows):
@@ -53,34 +55,32 @@ def _alone(lm, kind, arguments):
     return (lm.loglikelihood if kind == "loglikelihood" else lm.generate_until)([asked])[0]
 
 
-def test_hostile_documents_do_not_change_each_other(full, commands, model, tmp_path):
+def test_hostile_documents_do_not_change_each_other(full, commands, tiny_model, tmp_path):
     data, output = tmp_path / "data", tmp_path / "out"
     _piqa(data, DOCUMENTS)
-    rows = [{"question": a, "answer": [b]} for a, b in DOCUMENTS[::2]]
-    (data / "nq_open_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = (f"--model={model}", f"--local_data={data}", f"--output={output}", "--log_samples")
-    done = commands.run(
-        "danube_jax.evaluate", *flags, *FLAGS, "--tasks=piqa,nq_open", "--num_fewshot=0"
-    )
+    rows = [{"question": a, "answer": b} for a, b in DOCUMENTS]
+    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = {"data_files": {"test": str(data / "rows.jsonl")}, "cache_dir": str(tmp_path / "c")}
+    (data / "continued.yaml").write_text(json.dumps(GENERATION | {"dataset_kwargs": places}))
+    flags = (f"--model={tiny_model}", f"--local_data={data}", f"--include_path={data}")
+    flags += (f"--output={output}", "--log_samples", "--tasks=piqa,continued")
+    done = commands.run("danube_jax.evaluate", *flags, *FLAGS)
     assert done.status == 0, done.err
     assert "\x1b" not in done.out + done.err
-    # The long questions, with two answers each; and to be answered, with those that are long in
-    # bytes.
-    assert "warning: 4 of 18 texts are longer than the model's context of 320" in done.err
-    assert "warning: 3 of 5 prompts leave too little room for the answer in" in done.err
+    assert re.search(
+        r"warning: \d+ of 18 texts are longer than the model's context of 96", done.err
+    )
+    assert re.search(r"warning: \d of 9 prompts leave too little room for the answer", done.err)
 
     one = jax.sharding.Mesh(jax.devices()[:1], ("data",))
-    lm = DanubeLM(**open_for_evaluation(str(model), "danube").load("float32", one))
+    lm = DanubeLM(**open_for_evaluation(str(tiny_model), "danube").load("float32", one))
     texts = set()
-    for task, kind, asked in (
-        ("piqa", "loglikelihood", DOCUMENTS),
-        ("nq_open", "generate_until", DOCUMENTS[::2]),
-    ):
-        path = output / f"samples_piqa_nq_open_{task}.jsonl"
+    for task, kind in (("piqa", "loglikelihood"), ("continued", "generate_until")):
+        path = output / f"samples_piqa_continued_{task}.jsonl"
         samples = [json.loads(line) for line in path.read_text().split("\n") if line]
-        assert len(samples) == len(asked)
+        assert len(samples) == len(DOCUMENTS)
         for sample in samples:
-            question = asked[sample["doc_id"]][0]
+            question = DOCUMENTS[sample["doc_id"]][0]
             for arguments, (found,) in zip(sample["arguments"], sample["resps"], strict=True):
                 # Names stand for tokens, in documents as in the template; BOS is put in front.
                 context = arguments[0]
@@ -95,10 +95,10 @@ def test_hostile_documents_do_not_change_each_other(full, commands, model, tmp_p
                 expected = _alone(lm, kind, arguments)
                 if kind == "generate_until":
                     assert found == expected
-                else:  # rounding: float32 sums over at most 320 places, in another order
+                else:  # rounding: float32 sums over at most 96 places, in another order
                     assert found[0] == pytest.approx(expected[0], abs=2e-4)
                     assert found[1] == expected[1]
-    assert len(texts) == 5
+    assert len(texts) > 4
 
 
 def _row(**changed):
@@ -118,11 +118,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_documents_that_cannot_be_scored_are_refused_in_a_line(name, commands, model, tmp_path):
+def test_what_cannot_be_scored_is_refused_in_a_line(name, commands, tiny_model, tmp_path):
     line, fragment = HOSTILE[name]
     path, output = _piqa(tmp_path / "data", [("first", "one")]), tmp_path / "out"
     path.write_bytes(path.read_bytes() + line + b"\n")
-    flags = (f"--model={model}", f"--local_data={path.parent}", f"--output={output}")
+    flags = (f"--model={tiny_model}", f"--local_data={path.parent}", f"--output={output}")
     done = commands.run("danube_jax.evaluate", *flags, *FLAGS, "--tasks=piqa")
     done.assert_refused(fragment)
     assert len(done.errors[0]) < 700
@@ -130,7 +130,7 @@ def test_documents_that_cannot_be_scored_are_refused_in_a_line(name, commands, m
     assert not output.exists()
 
 
-def test_arguments_that_are_not_utf8_are_refused_in_a_line(commands, model):
+def test_arguments_that_are_not_utf8_are_refused_in_a_line(commands, tiny_model):
     for program in ("evaluate", "generate", "chat", "train"):
-        done = commands.run(f"danube_jax.{program}", f"--model={model}", "--system=a\udcff")
+        done = commands.run(f"danube_jax.{program}", f"--model={tiny_model}", "--system=a\udcff")
         done.assert_refused("an argument is not UTF-8, as its part '--system=a\\udcff' shows")

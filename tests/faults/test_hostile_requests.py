@@ -296,7 +296,7 @@ def _prompts(count: int, longest: int, seed: int) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("count", "longest"),
     [
-        (200, 60),
+        (100, 60),
         pytest.param(5_000, 470, marks=[pytest.mark.faults, pytest.mark.timeout(3_600)]),
     ],
 )
