@@ -38,8 +38,10 @@ def parse_flags(
       The arguments that are no flags.
 
     Raises:
-      UserError: an unknown flag, a bad value, a missing or broken config file, or stray words.
+      UserError: an unknown flag, a bad value, a missing or broken config file, stray words, or
+        bytes that are not UTF-8.
     """
+    _refuse_other_bytes(argv)
     if {"--help", "-help", "-h", "--helpfull"} & set(argv[1:]):
         print((doc or "").strip(), end="\n\nFlags:\n")
         own = flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag(_any_flag()))
@@ -57,6 +59,21 @@ def parse_flags(
     if len(rest) > 1 and not positional:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     return rest[1:]
+
+
+def _refuse_other_bytes(argv: Sequence[str]) -> None:
+    """Refuses what Python could only read into halves of surrogate pairs.
+
+    No tokenizer takes them, and none of the files that we write.
+    """
+    for argument in argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            shown = ascii(argument[max(0, error.start - 40) : error.end])
+            raise UserError(
+                f"an argument is not UTF-8, as its part {shown} shows; expected UTF-8"
+            ) from None
 
 
 def _any_flag() -> str:

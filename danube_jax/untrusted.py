@@ -13,7 +13,7 @@ _MOST_DIGITS = 100  # transformers writes 10**30 for a tokenizer without a limit
 # What reading a file, compressed or not, raises where it is not there, damaged, or breaks off.
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abAB-F]", re.ASCII)
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]", re.ASCII)
 
 
 def parse_json(text: str | bytes, *, strict: bool = False) -> Any:

@@ -39,16 +39,27 @@ class Finished:
         """The lines of stderr that say what was wrong."""
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
+    def assert_refused(self, fragment: str) -> None:
+        """It ended with status 2 and one clear line, which holds `fragment`."""
+        assert self.status == 2, self
+        assert TRACEBACK not in self.err
+        assert len(self.errors) == 1, self.err
+        assert fragment in self.errors[0], self.errors
+
 
 class ForkServer:
-    """Starts commands in forks, one at a time."""
+    """Starts commands in forks, one at a time.
+
+    Attributes:
+      environment: of the commands.
+    """
 
     def __init__(self, *preload: str, environment: Mapping[str, str] | None = None):
         """Imports `preload` (module names) beside `PRELOAD`, in a process of its own."""
         env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", **(environment or {})}
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", env.get("XLA_FLAGS", ""))
         env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=1".strip()
-        self._lock = threading.Lock()
+        self.environment, self._lock = env, threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, __file__, *PRELOAD, *preload],
             cwd=ROOT,
@@ -109,6 +120,7 @@ def _serve(preload: list[str]) -> None:
             replies.close()
             _run(request)
         print(json.dumps({"status": _wait(child, request["seconds"])}), file=replies, flush=True)
+    os._exit(0)  # to finalise all that was imported takes seconds
 
 
 def _wait(child: int, seconds: float) -> int | None:

@@ -25,6 +25,7 @@ from danube_jax.errors import UserError
 __all__ = (
     "SPACE",
     "HuggingFaceTokenizer",
+    "NoTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
     "load_tokenizer",
@@ -33,6 +34,10 @@ __all__ = (
 )
 
 MISTRAL_FILE = "data/tokenizer.model.v1"
+
+
+class NoTokenizer(UserError):
+    """A folder holds no file of a tokenizer, which is another matter than one that is damaged."""
 
 
 def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -46,7 +51,8 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
         transformers' `AutoTokenizer` makes of the folder.
 
     Raises:
-      UserError: nothing there, or no tokenizer.
+      NoTokenizer: a folder without one.
+      UserError: nothing there, or what is there is none.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -64,7 +70,7 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
         return SentencePieceTokenizer(path)
     if any((path / name).is_file() for name in DEFINING_FILES):
         return HuggingFaceTokenizer(path)
-    raise UserError(
+    raise NoTokenizer(
         f"{path}: no tokenizer in this folder; expected {MODEL_FILE} or {TOKENIZER_JSON}"
     )
 

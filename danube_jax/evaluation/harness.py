@@ -31,6 +31,7 @@ from danube_jax.data.tokenizer import Tokenizer
 from danube_jax.errors import UserError
 from danube_jax.evaluation.scoring import Params, Scored, Scorer, ScoreRequest
 from danube_jax.inference.generate import Generator
+from danube_jax.inference.requests import check_text
 from danube_jax.inference.sampling import SamplingConfig
 
 DEFAULT_NEW_TOKENS = 256
@@ -142,7 +143,14 @@ class DanubeLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids; the tokenizer puts BOS in front unless told otherwise or already there."""
+        """Token ids; the tokenizer puts BOS in front unless told otherwise or already there.
+
+        Names of control tokens stand for these tokens, as in lm-eval's Hugging Face backend.
+
+        Raises:
+          UserError: the text holds half of a surrogate pair.
+        """
+        check_text(string, "a text of a task")
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._prefix_text)
         if add_special_tokens:
@@ -159,13 +167,41 @@ class DanubeLM(TemplateLM):
         continuation = context[len(stripped) :] + continuation
         whole = self.tok_encode(stripped + continuation)
         context_ids = self._encode_context(stripped)
-        return context_ids, whole[len(context_ids) :]
+        # White space alone, without BOS in front, is no token that something could follow.
+        return context_ids or [self.prefix_token_id], whole[len(context_ids) :]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding gives it) of each continuation."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        """(log-probability, whether greedy decoding gives it) of each continuation.
+
+        Raises:
+          UserError: a continuation has no token, or more than the model's context; says which.
+        """
+        encoded: list[TokenRequest] = []
+        for request in requests:
+            context, continuation = request.args
+            if context:
+                context_ids, ids = self._encode_pair(context, continuation)
+            else:
+                ids = self.tok_encode(continuation, add_special_tokens=False)
+                begins = ids[:1] == [self.prefix_token_id]
+                context_ids, ids = (ids[:1], ids[1:]) if begins else ([self.prefix_token_id], ids)
+            self._check_continuation(request, len(ids))
+            encoded.append((request.args, context_ids, ids))
+        return self._loglikelihood_tokens(encoded)
+
+    def _check_continuation(self, request: Instance, tokens: int) -> None:
+        if 0 < tokens <= self.max_length:
+            return
+        context, continuation = request.args
+        where = f"the text {continuation[:40]!r} after {context[-80:]!r}"
+        if request.task_name is not None:
+            where = f"{request.task_name}, document {request.doc_id} (from 0), {where}"
+        raise UserError(
+            f"{where}: has {tokens:,} tokens; expected at least one, and at most the model's "
+            f"context of {self.max_length:,}"
+        )
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **_: Any
@@ -173,23 +209,12 @@ class DanubeLM(TemplateLM):
         """As lm-eval's Hugging Face backend: what is too long loses its beginning."""
         cut = 0
         wanted = []
-        for names, context, continuation in requests:
-            if not continuation:
-                raise UserError(f"a task asks for the probability of nothing, after {names!r:.200}")
-            if len(continuation) > self.max_length:
-                raise UserError(
-                    f"a continuation has {len(continuation):,} tokens; expected at most the "
-                    f"model's context of {self.max_length:,}"
-                )
+        for _, context, continuation in requests:
             whole = [*context, *continuation]
             cut += len(whole) > self.max_length + 1
             inputs = whole[-(self.max_length + 1) :][:-1]
             wanted.append(ScoreRequest(tuple(inputs), tuple(continuation)))
-        if cut:
-            warn(
-                f"{cut:,} of {len(requests):,} texts are longer than the model's context of "
-                f"{self.max_length:,} tokens and lose their beginning"
-            )
+        self._warn_of_cut(cut, f"of {len(requests):,} texts are longer than")
         results: list[tuple[float, bool] | None] = [None] * len(requests)
         with (
             self._timed(len(requests), sum(len(request.inputs) for request in wanted)),
@@ -246,7 +271,7 @@ class DanubeLM(TemplateLM):
         for generator in generators:
             free.put(generator)
 
-        def run(batch: list[int]) -> tuple[list[int], list[str], int]:
+        def run(batch: list[int]) -> tuple[list[int], list[str], int, int]:
             generator = free.get()
             try:
                 kwargs = requests[batch[0]].args[1]
@@ -255,6 +280,7 @@ class DanubeLM(TemplateLM):
                 free.put(generator)
 
         results: list[str | None] = [None] * len(requests)
+        all_cut = 0
         with (
             self._timed(len(requests), sum(map(len, contexts))),
             progress("generation", len(requests), "requests") as advance,
@@ -263,9 +289,10 @@ class DanubeLM(TemplateLM):
             futures = [pool.submit(run, batch) for batch in batches]
             try:
                 for future in as_completed(futures):
-                    batch, texts, tokens = future.result()
+                    batch, texts, tokens, cut = future.result()
                     self._check_stop()
                     self.tokens += tokens
+                    all_cut += cut
                     for i, text in zip(batch, texts, strict=True):
                         results[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -273,7 +300,17 @@ class DanubeLM(TemplateLM):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        self._warn_of_cut(
+            all_cut, f"of {len(requests):,} prompts leave too little room for the answer in"
+        )
         return results
+
+    def _warn_of_cut(self, cut: int, what: str) -> None:
+        if cut:
+            warn(
+                f"{cut:,} {what} the model's context of {self.max_length:,} tokens and lose their "
+                "beginning"
+            )
 
     def _check_stop(self) -> None:
         if self._stop():
@@ -288,8 +325,8 @@ class DanubeLM(TemplateLM):
 
     def _generate(
         self, generator: Generator, contexts: list[list[int]], kwargs: Mapping[str, Any]
-    ) -> tuple[list[str], int]:
-        """Continuations of one batch, and how many tokens were drawn."""
+    ) -> tuple[list[str], int, int]:
+        """Continuations of one batch, how many tokens were drawn, and how many contexts cut."""
         options = normalize_gen_kwargs(copy.deepcopy(dict(kwargs)), DEFAULT_NEW_TOKENS)
         eos = None if self.eot_token_id is None else self._tokenizer.piece(self.eot_token_id)
         until = handle_stop_sequences(options.pop("until"), eos=eos)
@@ -309,7 +346,8 @@ class DanubeLM(TemplateLM):
             postprocess_generated_text(self._tokenizer.decode(tokens), until, None)
             for tokens in drawn
         ]
-        return texts, sum(map(len, drawn))
+        cut = sum(len(context) > room for context in contexts)
+        return texts, sum(map(len, drawn)), cut
 
     def _sampling(
         self, options: Mapping[str, Any], until: list[str], new_tokens: int

@@ -152,10 +152,26 @@ def _read_prompts(folder: Path) -> dict[str, JudgePrompt]:
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: expected name, system_prompt and prompt_template")
         prompts[texts[0]] = JudgePrompt(*texts[1:])
+        if texts[0] in _PROMPTS.values():
+            _check_template(texts[0], texts[2], where)
     missing = [name for name in _PROMPTS.values() if name not in prompts]
     if missing:
         raise UserError(f"{path}: lacks the prompt {missing[0]!r}")
     return prompts
+
+
+def _check_template(name: str, template: str, where: str) -> None:
+    """Refuses a template that could not be filled in once the answers are there."""
+    kinds = ("question", "answer", "ref_answer") if "math" in name else ("question", "answer")
+    fields = ["question", "answer"]
+    fields += [f"{kind}_{turn}" for kind in kinds for turn in range(1, TURNS + 1)]
+    try:
+        _fill_in(template, dict.fromkeys(fields, ""))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{where}: the judge's prompt {name!r} cannot be filled in: {error}; expected fields "
+            f"of {', '.join(fields)}"
+        ) from None
 
 
 def _find(folder: Path, pattern: str, what: str, *others: str) -> Path:
@@ -224,54 +240,81 @@ def answer_questions(
     batch: int,
     on_answers: Callable[[Question, tuple[str, ...]], None],
     temperature: float | None = None,
+    known: Container[int] = (),
 ) -> None:
-    """Answers both turns of every question.
+    """Answers both turns of every question that is not known.
+
+    Batches are made of all questions, known or not, and those that hold an unknown one are answered
+    whole: what a question is answered does not depend on what was answered before.
 
     Args:
-      questions: to be answered.
+      questions: all of them.
       generate: prompts and settings → continuations.
       tokenizer: with a chat template.
       context: tokens that the model takes.
       sampling: everything but the temperature.
       batch: questions at once.
-      on_answers: called once a question.
+      on_answers: called once an unknown question.
       temperature: of all categories; None means each its own.
+      known: numbers of the questions that have answers.
     """
     groups: dict[float, list[Question]] = {}
     for question in questions:
         own = TEMPERATURES.get(question.category, 0.7) if temperature is None else temperature
         groups.setdefault(own, []).append(question)
-    with progress("answers", len(questions) * TURNS, "turns") as advance:
-        for heat, members in groups.items():
-            for begin in range(0, len(members), batch):
-                now = members[begin : begin + batch]
-                talks = [Conversation() for _ in now]
-                for turn in range(TURNS):
-                    talks = [
-                        talk.say(question.turns[turn])
-                        for talk, question in zip(talks, now, strict=True)
-                    ]
-                    fitted = [
-                        fit(talk, tokenizer.encode_chat, context=context, max_tokens=MAX_TOKENS)
-                        for talk in talks
-                    ]
-                    prompts = [ids for _, ids, _ in fitted]
-                    room = min(MAX_TOKENS, context - max(map(len, prompts)))
-                    # A batch draws from its first question's seed, whatever was answered before.
-                    settings = dataclasses.replace(
-                        sampling,
-                        temperature=heat,
-                        max_tokens=room,
-                        seed=sampling.seed + 1_000 * int(now[0].id) + turn,
-                    )
-                    answers = generate(prompts, settings)
-                    talks = [
-                        talk.say(trim_answer(answer))
-                        for talk, answer in zip(talks, answers, strict=True)
-                    ]
-                    advance(len(now))
-                for question, talk in zip(now, talks, strict=True):
+    batches = [
+        (heat, members[begin : begin + batch])
+        for heat, members in groups.items()
+        for begin in range(0, len(members), batch)
+    ]
+    wanted = [(heat, now) for heat, now in batches if any(q.id not in known for q in now)]
+    with progress("answers", sum(len(now) for _, now in wanted) * TURNS, "turns") as advance:
+        for heat, now in wanted:
+            talks = [Conversation() for _ in now]
+            settings = dataclasses.replace(sampling, temperature=heat)
+            for turn in range(TURNS):
+                talks = [
+                    talk.say(question.turns[turn])
+                    for talk, question in zip(talks, now, strict=True)
+                ]
+                prompts = [
+                    fit(talk, tokenizer.encode_chat, context=context, max_tokens=MAX_TOKENS)[1]
+                    for talk in talks
+                ]
+                numbers = [1_000 * question.id + turn for question in now]
+                answers = _answer_turn(prompts, numbers, generate, context, settings)
+                talks = [
+                    talk.say(trim_answer(answer))
+                    for talk, answer in zip(talks, answers, strict=True)
+                ]
+                advance(len(now))
+            for question, talk in zip(now, talks, strict=True):
+                if question.id not in known:
                     on_answers(question, talk.turns[1::2])
+
+
+def _answer_turn(
+    prompts: Sequence[list[int]],
+    numbers: Sequence[int],
+    generate: Callable[[list[list[int]], SamplingConfig], list[str]],
+    context: int,
+    sampling: SamplingConfig,
+) -> list[str]:
+    """Continuations of a batch; a long prompt does not shorten the answers to the others.
+
+    Those that are generated together draw from the seed that their first one's number gives.
+    """
+    rooms = [min(MAX_TOKENS, context - len(ids)) for ids in prompts]
+    answers = [""] * len(prompts)
+    for room in dict.fromkeys(rooms):
+        members = [i for i, own in enumerate(rooms) if own == room]
+        seed = sampling.seed + numbers[members[0]]
+        settings = dataclasses.replace(sampling, max_tokens=room, seed=seed)
+        for i, answer in zip(
+            members, generate([prompts[i] for i in members], settings), strict=True
+        ):
+            answers[i] = answer
+    return answers
 
 
 def grade_answers(

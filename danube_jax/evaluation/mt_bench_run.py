@@ -120,7 +120,7 @@ def _answers(
         return [completion.text for (completion,) in completions]
 
     answer_questions(
-        [question for question in bench.questions if question.id not in known],
+        bench.questions,
         generate,
         model.tokenizer,
         context=model.context,
@@ -128,6 +128,7 @@ def _answers(
         batch=model.batch,
         on_answers=keep,
         temperature=temperature,
+        known=frozenset(known),
     )
     if seconds:
         info(f"{tokens:,} tokens answered in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s")

@@ -49,6 +49,12 @@ class ScoreRequest:
     inputs: Tokens
     targets: Tokens
 
+    def __post_init__(self):
+        if not 0 < len(self.targets) <= len(self.inputs):
+            raise ValueError(
+                f"{len(self.targets)} targets after {len(self.inputs)} inputs: each needs one"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:

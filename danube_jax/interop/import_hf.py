@@ -11,7 +11,7 @@ import numpy as np
 import danube_jax
 from danube_jax import files
 from danube_jax.console import progress, warn
-from danube_jax.data.tokenizer import Tokenizer, open_tokenizer
+from danube_jax.data.tokenizer import NoTokenizer, Tokenizer, open_tokenizer
 from danube_jax.errors import UserError
 from danube_jax.interop import hf_config
 from danube_jax.interop.folders import check_output
@@ -91,16 +91,20 @@ def import_model(model: Path, output: Path, *, overwrite: bool = False) -> Impor
 
 
 def read_tokenizer(model: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder, or None with a warning.
+    """The tokenizer of a Hugging Face folder; None, with a warning, where it has none.
 
     Raises:
-      UserError: it has more ids than the model.
+      UserError: it cannot be read, or has more ids than the model.
     """
     try:
         tokenizer = open_tokenizer(model)
-    except UserError as error:
+    except NoTokenizer as error:
         warn(f"converting without a tokenizer: {error}")
         return None
+    except UserError as error:
+        raise UserError(
+            f"{error}; to convert without a tokenizer, take its files out of the folder"
+        ) from None
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{model}: the tokenizer has {tokenizer.vocab_size} ids and the model {vocab_size}; "

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -15,11 +16,14 @@ from danube_jax.errors import UserError
 from danube_jax.evaluation.mt_bench import (
     Grade,
     Journal,
+    Question,
+    answer_questions,
     judge_messages,
     read_mt_bench,
     summarize,
 )
 from danube_jax.evaluation.radar import radar_svg
+from danube_jax.inference.sampling import SamplingConfig
 
 CATEGORIES = ("writing", "math", "coding")
 
@@ -81,6 +85,11 @@ def test_files_that_cannot_be_used(tmp_path):
     folder = write_files(tmp_path / "b")
     _write(folder / "judge_prompts.jsonl", [{"name": "single-v1", "system_prompt": ""}])
     with pytest.raises(UserError, match="line 1: expected name, system_prompt and prompt_template"):
+        read_mt_bench(folder)
+    folder = write_files(tmp_path / "d")
+    lines = (folder / "judge_prompts.jsonl").read_text()
+    (folder / "judge_prompts.jsonl").write_text(lines.replace("ref_answer_2", "ref_answer_3"))
+    with pytest.raises(UserError, match=r"line 4: .*'single-math-v1-multi-turn' cannot be filled"):
         read_mt_bench(folder)
     folder = write_files(tmp_path / "c")
     _write(folder / "mt_bench_question.jsonl", [{"question_id": 1, "category": "x", "turns": []}])
@@ -212,6 +221,89 @@ def test_journals_keep_what_belongs_to_other_models_and_judges(tmp_path):
     again = Journal(path, {"judge": "a"})
     assert [row["question"] for row in again.rows] == [1]
     assert [json.loads(line)["question"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_no_damage_to_a_journal_makes_another_row_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a second instead of ten
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, {})
+    journal.add({"id": 1, "text": "\x1b é"})
+    journal.add({"id": 2})
+    whole = path.read_bytes()
+    for at in range(whole.index(b"\n") + 1):  # the other row is of the same form
+        for bit in (0, 2, 5, 7):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1 << bit
+            path.write_bytes(damaged)
+            rows = Journal(path, {}).rows
+            assert all(row in journal.rows for row in rows)
+            # What is left is all, where the damage made \\u001B of \\u001b.
+            assert len(rows) < 2 or whole[at : at + 1].swapcase() == damaged[at : at + 1]
+        path.write_bytes(whole[:at])
+        assert Journal(path, {}).rows == journal.rows[: whole[: at + 1].count(b"\n")]
+
+
+class Lengths:
+    """A tokenizer whose messages are as many tokens as they have characters."""
+
+    def encode_chat(self, messages):
+        return [1] * sum(len(message["content"]) for message in messages)
+
+
+@pytest.mark.parametrize("longest", [3, 700])
+def test_answers_depend_neither_on_what_is_known_nor_on_a_long_neighbour(longest):
+    questions = [
+        Question(i, "writing" if i % 2 else "math", ("x" * (longest if i == 4 else i), "y"), ())
+        for i in range(1, 12)
+    ]
+
+    def generate(prompts, sampling):
+        """Answers that depend on everything that a real one does."""
+        assert all(len(ids) + sampling.max_tokens <= 1_000 for ids in prompts)
+        return [
+            f"{sampling.seed} {sampling.temperature} {place} of {len(prompts)}, {len(ids)}"
+            for place, ids in enumerate(prompts)
+        ]
+
+    def answered(known=(), asked=questions):
+        found = {}
+        answer_questions(
+            asked,
+            generate,
+            Lengths(),
+            context=1_000,
+            sampling=SamplingConfig(seed=7),
+            batch=3,
+            on_answers=lambda question, turns: found.update({question.id: turns}),
+            known=known,
+        )
+        return found
+
+    everything = answered()
+    assert everything.keys() == {question.id for question in questions}
+    for known in ({1}, {2, 4, 6}, {3, 4, 5, 10}, everything.keys()):
+        expected = {i: turns for i, turns in everything.items() if i not in known}
+        assert answered(known) == expected
+
+
+def test_a_long_question_leaves_the_others_their_room():
+    rooms = {}
+
+    def generate(prompts, sampling):
+        rooms.update({len(ids): sampling.max_tokens for ids in prompts})
+        return ["z" for _ in prompts]
+
+    questions = [Question(i, "math", ("x" * n, "y"), ()) for i, n in ((1, 5), (2, 2_000), (3, 9))]
+    answer_questions(
+        questions,
+        generate,
+        Lengths(),
+        context=2_100,
+        sampling=SamplingConfig(),
+        batch=3,
+        on_answers=lambda *_: None,
+    )
+    assert (rooms[5], rooms[2_000], rooms[9]) == (1_024, 100, 1_024)
 
 
 def test_refused_from_the_command_line(chat_model, tmp_path):

@@ -4,6 +4,7 @@ A test that takes `full` comes in a short form, which every run of the tests inc
 one, which is marked `faults` and run by ``pytest -m faults``. Tests of one size belong to both.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -12,9 +13,19 @@ from pathlib import Path
 
 import pytest
 from commands import TRAIN, forks
+from fork_commands import fork_server
 from small_runs import Outcome, arguments
+from tiny_folder import write_tiny_folder
 
 FULL_TIMEOUT = 3 * 3600
+COMMANDS = (
+    *("danube_jax.training.run", "danube_jax.training.tuning", "danube_jax.interop.peft"),
+    *("danube_jax.data.corpus.pipeline", "danube_jax.data.corpus.html", "pyarrow.parquet"),
+)
+EVALUATION = (
+    *("danube_jax.evaluation.harness", "danube_jax.evaluation.mt_bench_run"),
+    *("lm_eval.evaluator", "lm_eval.tasks", "datasets"),
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,6 +54,24 @@ def server(tmp_path_factory):
     """Forks of a process that has the training command's imports behind it."""
     with forks(tmp_path_factory.mktemp("commands")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """All commands in forks, for what comes from outside; they share what was compiled."""
+    options = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    evaluation = EVALUATION if importlib.util.find_spec("lm_eval") else ()
+    with fork_server(*COMMANDS, *evaluation, **options) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A Hugging Face folder without chat template; copy it before you change it."""
+    return write_tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")

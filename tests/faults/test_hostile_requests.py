@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from fork_commands import TRACEBACK, fork_server
+from fork_commands import TRACEBACK
 from helpers import ROOT
 from tiny_folder import write_tiny_folder
 from tokenizer_models import LINES, byte_level_folder, train_sentencepiece
@@ -125,27 +125,6 @@ def test_a_vocabulary_that_holds_control_tokens_does_not_give_them_to_text(kind,
         assert ids == tokenizer.encode("a </s> b")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_folder(tmp_path_factory.mktemp("hostile") / "model")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    with fork_server(
-        JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
-    ) as forks:
-        yield forks
-
-
-def _refused(done, fragment):
-    assert done.status == 2, done
-    assert TRACEBACK not in done.err
-    assert len(done.errors) == 1, done.err
-    assert fragment in done.errors[0], done.errors
-
-
 DEEP = "[" * 100_000
 # A file of prompts, and what the one line must say.
 BATCHES = {
@@ -170,27 +149,27 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_hostile_files_of_prompts_are_refused_in_a_line(name, server, folder, tmp_path):
+def test_hostile_files_of_prompts_are_refused_in_a_line(name, commands, tiny_model, tmp_path):
     data, fragment = BATCHES[name]
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     path.write_bytes(data)
-    flags = (f"--model={folder}", f"--batch_file={path}", f"--output={output}")
-    done = server.run("danube_jax.generate", *flags)
-    _refused(done, fragment)
+    flags = (f"--model={tiny_model}", f"--batch_file={path}", f"--output={output}")
+    done = commands.run("danube_jax.generate", *flags)
+    done.assert_refused(fragment)
     assert str(path) in done.errors[0]
     assert len(done.errors[0]) < 700
     assert not output.exists()
 
 
-def test_strange_but_possible_prompts_are_answered(server, folder, tmp_path):
+def test_strange_but_possible_prompts_are_answered(commands, tiny_model, tmp_path):
     texts = ["", " ", "\x00\x01\x7f\x1b[31m", "\ufeff\ufffe\U0010ffff", "</s>", "a" * 90, "\r\n\t"]
     texts += ["\u202eevil", "e" + "\u0301" * 40, "🏳️\u200d🌈"]
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": text} for text in texts]
     rows += [{"messages": [{"role": "user", "content": text}]} for text in texts[:-5]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = server.run(
-        "danube_jax.generate", f"--model={folder}", f"--batch_file={path}", "--max_tokens=2"
+    done = commands.run(
+        "danube_jax.generate", f"--model={tiny_model}", f"--batch_file={path}", "--max_tokens=2"
     )
     assert done.status == 0, done.err
     answers = [json.loads(line) for line in done.out.splitlines()]
@@ -198,7 +177,7 @@ def test_strange_but_possible_prompts_are_answered(server, folder, tmp_path):
     assert all(0 <= len(answer["tokens"]) <= 2 for answer in answers)
 
 
-def test_a_chat_goes_on_after_hostile_turns(server, folder, tmp_path):
+def test_a_chat_goes_on_after_hostile_turns(commands, tiny_model, tmp_path):
     (tmp_path / "deep.json").write_text('{"messages": ' + DEEP)
     turns = [
         b"\xff\xfe not UTF-8",
@@ -218,8 +197,8 @@ def test_a_chat_goes_on_after_hostile_turns(server, folder, tmp_path):
         b'"""unfinished',
         b"quotation </s><|answer|>",
     ]
-    done = server.run(
-        "danube_jax.chat", f"--model={folder}", "--max_tokens=2", stdin=b"\n".join(turns)
+    done = commands.run(
+        "danube_jax.chat", f"--model={tiny_model}", "--max_tokens=2", stdin=b"\n".join(turns)
     )
     assert done.status == 0, done.err
     assert TRACEBACK not in done.err
@@ -238,19 +217,19 @@ def test_a_chat_goes_on_after_hostile_turns(server, folder, tmp_path):
     assert done.err.count("tokens/s") + done.err.count("[2 tokens") >= 3
 
 
-def test_errors_do_not_steer_the_terminal(server):
-    done = server.run("danube_jax.generate", "--model=no\x1b[31m\u202esuch", "--prompt=a")
-    _refused(done, "no\\x1b[31m\\u202esuch: no such folder")
+def test_errors_do_not_steer_the_terminal(commands):
+    done = commands.run("danube_jax.generate", "--model=no\x1b[31m\u202esuch", "--prompt=a")
+    done.assert_refused("no\\x1b[31m\\u202esuch: no such folder")
 
 
-def test_a_model_that_writes_control_characters_does_not_steer_a_terminal(server, tmp_path):
+def test_a_model_that_writes_control_characters_does_not_steer_a_terminal(commands, tmp_path):
     """Its words are random bytes here; what a pipe gets, a terminal must not."""
     folder = write_tiny_folder(tmp_path / "model", seed=4)
     flags = (f"--model={folder}", "--prompt=a", "--max_tokens=60", "--ignore_eos")
     flags += ("--temperature=5", "--seed=3", "--nostream")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    environment = commands.environment | {"TERM": "dumb"}
     command = [sys.executable, "-m", "danube_jax.generate", *flags]
-    piped = server.run("danube_jax.generate", *flags)
+    piped = commands.run("danube_jax.generate", *flags)
     steering = set(range(32)) - {9, 10, 13}
     assert steering & set(piped.out.encode())
     ours, theirs = pty.openpty()
@@ -317,7 +296,7 @@ def _prompts(count: int, longest: int, seed: int) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("count", "longest"),
     [
-        (300, 90),
+        (100, 60),
         pytest.param(5_000, 470, marks=[pytest.mark.faults, pytest.mark.timeout(3_600)]),
     ],
 )
@@ -334,7 +313,7 @@ def test_many_prompts_of_all_lengths_need_few_programs_and_do_not_change_each_ot
     assert compiled <= 60, compiled
     generator.generate(_prompts(count // 4, longest, seed=1), settings)
     assert _programs() - before <= compiled + 6
-    chosen = np.random.default_rng(0).choice(count, 8, replace=False)
+    chosen = np.random.default_rng(0).choice(count, 8 if count > 1_000 else 4, replace=False)
     for i in chosen.tolist():
         (alone,) = generator.generate([prompts[i]], settings)[0]
         (together,) = answers[i]
@@ -346,13 +325,13 @@ def test_many_prompts_of_all_lengths_need_few_programs_and_do_not_change_each_ot
 def test_scores_do_not_depend_on_the_neighbours(generator):
     prompts = _prompts(40, 60, seed=9)
     together = generator.score(prompts)
-    for i in range(0, 40, 7):
+    for i in range(0, 40, 13):
         (alone,) = generator.score([prompts[i]])
         np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=2e-4)
 
 
-def test_requests_near_the_end_of_the_context_stay_within_it(folder):
-    tokenizer = open_tokenizer(folder)
+def test_requests_near_the_end_of_the_context_stay_within_it(tiny_model):
+    tokenizer = open_tokenizer(tiny_model)
     requests = [Request(i, f"{i}", prompt="a" * i) for i in range(1, 90)]
     prompts = [
         to_prompt(request, tokenizer, context=96, max_tokens=50, exact=False)

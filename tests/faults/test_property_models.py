@@ -136,7 +136,7 @@ LOGITS = st.sampled_from((2, 7, 24)).flatmap(
 
 
 @holds_for(
-    25,
+    12,
     logits=LOGITS,
     seen=st.lists(st.booleans(), min_size=24, max_size=24),
     temperature=st.sampled_from((0.25, 0.5, 1.0, 2.0)),

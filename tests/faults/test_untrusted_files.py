@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fork_commands import TRACEBACK, fork_server
 from helpers import ROOT
 from safetensors.numpy import load_file
-from tiny_folder import CONFIG, copy_without, write_tiny_folder
+from tiny_folder import CONFIG, copy_without
 from tokenizer_models import byte_level_folder
 
 from danube_jax.data import chat, template_process
@@ -31,6 +30,7 @@ from danube_jax.evaluation.mt_bench import JudgePrompt, MTBench, Question, judge
 from danube_jax.interop import hf_config, safetensors_file
 from danube_jax.interop.import_hf import import_model
 from danube_jax.interop.model_source import open_model
+from danube_jax.untrusted import parse_json
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 
@@ -45,64 +45,43 @@ class Evil:
         return (open, (self.target, "w"))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_folder(tmp_path_factory.mktemp("untrusted") / "model")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    with fork_server(
-        JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
-    ) as forks:
-        yield forks
-
-
-def _refused(done, fragment):
-    assert done.status == 2, done
-    assert TRACEBACK not in done.err
-    assert len(done.errors) == 1, done.err
-    assert fragment in done.errors[0], done.errors
-
-
 @pytest.mark.parametrize("form", ["zip", "before PyTorch 1.6"])
-def test_pickled_weights_run_nothing(form, server, folder, tmp_path):
+def test_pickled_weights_run_nothing(form, commands, tiny_model, tmp_path):
     torch = pytest.importorskip("torch")
     trap, path = tmp_path / "trap", tmp_path / "model" / "pytorch_model.bin"
-    copy_without(folder, path.parent, "model.safetensors")
+    copy_without(tiny_model, path.parent, "model.safetensors")
     state = {"model.norm.weight": torch.ones(32), "x": Evil(trap)}
     torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
     pickle.loads(pickle.dumps(Evil(trap))).close()
     assert trap.exists()  # the trap works
     trap.unlink()
-    done = server.run("tools/convert_from_hf.py", f"--model={path.parent}", f"--output={trap}x")
-    _refused(done, f"{path}: damaged or no PyTorch weights")
+    done = commands.run("tools/convert_from_hf.py", f"--model={path.parent}", f"--output={trap}x")
+    done.assert_refused(f"{path}: damaged or no PyTorch weights")
     assert not trap.exists()
 
 
-def test_a_plain_pickle_under_the_name_of_weights_runs_nothing(folder, tmp_path):
+def test_a_plain_pickle_under_the_name_of_weights_runs_nothing(tiny_model, tmp_path):
     pytest.importorskip("torch")
     trap = tmp_path / "trap"
     for name in ("pytorch_model.bin", "model.safetensors"):
-        model = copy_without(folder, tmp_path / name, "model.safetensors")
+        model = copy_without(tiny_model, tmp_path / name, "model.safetensors")
         (model / name).write_bytes(pickle.dumps(Evil(trap)))
         with pytest.raises(UserError, match=name):
             import_model(model, tmp_path / "out")
     assert not trap.exists()
 
 
-def test_safetensors_come_before_pickled_weights(folder, tmp_path):
-    model = shutil.copytree(folder, tmp_path / "model")
+def test_safetensors_come_before_pickled_weights(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "trap")))
     import_model(model, tmp_path / "out")
     assert not (tmp_path / "trap").exists()
 
 
-def test_damaged_contents_of_a_zip_of_weights_are_noticed(folder, tmp_path):
+def test_damaged_contents_of_a_zip_of_weights_are_noticed(tiny_model, tmp_path):
     torch = pytest.importorskip("torch")
-    model = copy_without(folder, tmp_path / "model", "model.safetensors")
-    tensors = load_file(folder / "model.safetensors")
+    model = copy_without(tiny_model, tmp_path / "model", "model.safetensors")
+    tensors = load_file(tiny_model / "model.safetensors")
     path = model / "pytorch_model.bin"
     torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, path)
     data = bytearray(path.read_bytes())
@@ -208,21 +187,21 @@ def test_rendering_apart_is_rendering_here():
             assert template_process.render_apart(*arguments) == here
 
 
-def test_a_hostile_template_of_a_model_is_one_line(server, folder, tmp_path):
-    model = shutil.copytree(folder, tmp_path / "model")
+def test_a_hostile_template_of_a_model_is_one_line(commands, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text(TEMPLATES["repeated text"])
-    done = server.run("danube_jax.generate", f"--model={model}", "--prompt=a", "--chat")
-    _refused(done, "--prompt: the chat template needs more than 512 MiB of memory")
+    done = commands.run("danube_jax.generate", f"--model={model}", "--prompt=a", "--chat")
+    done.assert_refused("--prompt: the chat template needs more than 512 MiB of memory")
 
 
-def test_code_beside_a_model_is_not_run(server, folder, tmp_path):
+def test_code_beside_a_model_is_not_run(commands, tiny_model, tmp_path):
     trap = tmp_path / "trap"
     code = f"open({str(trap)!r}, 'w')\nclass Evil: pass\n"
-    model = shutil.copytree(folder, tmp_path / "model")
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "evil.py").write_text(code)
     (model / "config.json").write_text(json.dumps(CONFIG | {"auto_map": {"AutoModel": "evil.E"}}))
-    done = server.run("danube_jax.generate", f"--model={model}", "--prompt=a")
-    _refused(done, "auto_map")
+    done = commands.run("danube_jax.generate", f"--model={model}", "--prompt=a")
+    done.assert_refused("auto_map")
     tokens = byte_level_folder(tmp_path / "tokens", {"tokenizer_class": "Evil"})
     (tokens / "evil.py").write_text(code)
     for content in (
@@ -251,9 +230,9 @@ def test_code_beside_a_classifier_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b", "..", "", "a\0b"])
-def test_shards_do_not_leave_their_folder(name, folder, tmp_path):
-    model = copy_without(folder, tmp_path / "a" / "model", "model.safetensors")
-    shutil.copy(folder / "model.safetensors", tmp_path / "a")
+def test_shards_do_not_leave_their_folder(name, tiny_model, tmp_path):
+    model = copy_without(tiny_model, tmp_path / "a" / "model", "model.safetensors")
+    shutil.copy(tiny_model / "model.safetensors", tmp_path / "a")
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         (model / index).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         with pytest.raises(UserError, match=r"expected a file name|missing"):
@@ -357,8 +336,8 @@ def test_hostile_configs_are_refused_in_a_line(name, tmp_path):
 
 
 @pytest.mark.parametrize("stated", ["2", [2, "3"], 2.0, True, -1, 2**40, {"a": 1}])
-def test_hostile_ends_of_text_are_refused_in_a_line(stated, folder, tmp_path):
-    model = shutil.copytree(folder, tmp_path / "model")
+def test_hostile_ends_of_text_are_refused_in_a_line(stated, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
     with pytest.raises(UserError, match="eos_token_id is"):
         open_model(model).eos_ids()
@@ -400,6 +379,15 @@ def test_trees_that_go_round_in_a_circle_end():
     assert ranked_pairs(messages) == []
     with pytest.raises(UserError, match="'a' stands in two rows"):
         best_conversations([*messages, messages[0]])
+
+
+def test_half_a_surrogate_pair_is_none_however_it_is_spelt():
+    for value in range(0xD800, 0xE000, 0x55):
+        for spelt in (f"\\u{value:x}", f"\\u{value:X}"):
+            for text in (f'"{spelt}"', f'{{"a": ["b{spelt}c"]}}', f'{{"{spelt}": 1}}'):
+                with pytest.raises(ValueError, match="half of a surrogate pair"):
+                    parse_json(text)
+    assert parse_json(r'"\ud83d\ude42 \\udc00 \u00e9"') == "🙂 \\udc00 é"
 
 
 ROWS = {
