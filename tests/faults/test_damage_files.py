@@ -26,11 +26,11 @@ def test_quick_damage(name, commands, tmp_path):
 @pytest.mark.faults
 @pytest.mark.timeout(3_600)
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_damage(name, commands, tmp_path):
+def test_damage(name, commands, tmp_path, figures):
     count = FULL_QUICK if name in QUICK else FULL_SLOW
     outcomes = check((QUICK | SLOW)[name](commands, tmp_path), name, count)
     assert sum(outcomes.values()) == count
-    print(f"{name}: {dict(outcomes)}")
+    figures(f"damage of {name}", damages=count, outcomes=dict(outcomes))
 
 
 def _piece_that_is_not_utf8(path: Path) -> None:
