@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv, __doc__, required=("model",))
     from danube_jax.inference.chat_session import ChatSession, converse
     from danube_jax.inference.loading import open_text_model, quiet_broken_pipe
+    from danube_jax.interruption import raise_keyboard_interrupt
 
     model = open_text_model(_MODEL.value, _CHAT_TEMPLATE.value)
     settings = sampling_flags.resolve_settings(
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     generator.append(model.generator(sampling_flags.dtype(), sampling_flags.cache_dtype()))
     interactive = sys.stdin.isatty()
     if interactive:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was ignored
+        signal.signal(signal.SIGINT, raise_keyboard_interrupt)  # also where it was ignored
         info(f"{_MODEL.value}: context of {model.context:,} tokens; /help lists the commands")
     with quiet_broken_pipe():
         converse(session.handle, _line_reader(interactive), note=info, interactive=interactive)

@@ -15,7 +15,7 @@ from absl import logging as absl_logging
 
 from danube_jax.config import RunConfig, parse_config
 from danube_jax.console import warn
-from danube_jax.errors import EXIT_INTERRUPTED, UserError, exit_on_user_error
+from danube_jax.errors import UserError, exit_on_user_error
 from danube_jax.interruption import Interrupted, exit_on_signal, leave
 
 
@@ -141,12 +141,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         with exit_on_user_error(), exit_on_signal():
             status = main(sys.argv)
     except SystemExit as error:
-        if error.code == EXIT_INTERRUPTED:
-            leave(EXIT_INTERRUPTED)
-        raise
-    if status == EXIT_INTERRUPTED:
-        leave(EXIT_INTERRUPTED)
-    raise SystemExit(status)
+        status = error.code
+    leave(status)
 
 
 def _on_error(kind: type, error: BaseException, traceback: TracebackType | None) -> None:

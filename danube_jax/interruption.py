@@ -18,6 +18,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RETRY_SECONDS = 0.05
 JAX_FINDS_PLUGINS = "discover_pjrt_plugins"  # a function of jax's xla_bridge
 
+_was_interrupted = False
+
 
 class Interrupted(BaseException):
     """A signal asked the program to stop; its name is the text.
@@ -66,7 +68,19 @@ def raise_interrupted(
     if _is_importing(frame):
         retry()
     else:
+        _note_interruption()
         raise interrupted_by(number).raised_by_signal()
+
+
+def raise_keyboard_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """As Python's own handler of SIGINT, for interactive programs, which go on from it."""
+    _note_interruption()
+    raise KeyboardInterrupt
+
+
+def _note_interruption() -> None:
+    global _was_interrupted
+    _was_interrupted = True
 
 
 def handled(error: BaseException) -> None:
@@ -126,11 +140,14 @@ def exit_on_signal() -> Iterator[None]:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the program: exit handlers run, streams are flushed, libraries are not torn down.
+    """Ends the program with a status.
 
     An exception that a signal raised amid JAX's work can leave it in a state in which the end of
-    the interpreter is a segmentation fault.
+    the interpreter is a segmentation fault. Where there was one, exit handlers run and streams are
+    flushed, and libraries are not torn down.
     """
+    if not _was_interrupted:
+        raise SystemExit(status)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
