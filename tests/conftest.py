@@ -12,11 +12,14 @@ import atexit
 import dataclasses
 import itertools
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 
+# Tests send it to themselves and to commands; a background job ignores it, and so would these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The many short runs of the tests compile the same few programs; sharing them halves the time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers share that of their parent
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="danube_jax_cache_")

@@ -249,7 +249,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such folder; expected a token store")
     file = path / MANIFEST
     if not file.is_file():
-        raise UserError(f"{path}: no {MANIFEST}, so its preparation was not finished: run it again")
+        raise UserError(f"{file}: missing, so the preparation was not finished: run it again")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
