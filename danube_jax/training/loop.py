@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from danube_jax.training.mesh import DATA_AXIS, make_mesh, put_batch
 from danube_jax.training.metrics import MetricsWriter, Throughput, memory_bytes
 from danube_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from danube_jax.training.signals import StopRequest
-from danube_jax.training.spike_guard import SpikeGuard
+from danube_jax.training.spike_guard import SpikeGuard, skip_reason
 from danube_jax.training.step import (
     TrainState,
     init_state,
@@ -50,17 +50,6 @@ from danube_jax.training.workdir import (
     claim_workdir,
     keep_tokenizer,
 )
-
-
-def skip_reason(metrics: Mapping[str, Any]) -> str:
-    """Why a step's update was skipped, from its metrics."""
-    for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
-        bound = metrics.get(f"{key}_bound", math.inf)
-        if not math.isfinite(metrics[key]):
-            return f"the {name} is not finite"
-        if metrics[key] > bound:
-            return f"the {name} is a spike (the spike guard's bound is {bound:.4g})"
-    return "the spike guard refused it"
 
 
 @dataclasses.dataclass

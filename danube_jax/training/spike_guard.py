@@ -12,6 +12,9 @@ Legend: W window, 2: loss, gradient norm.
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -84,3 +87,14 @@ def judge(
     remembered = SpikeHistory(values_2W, history.count + 1)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), remembered, history)
     return fine & finite, bound_2, kept
+
+
+def skip_reason(metrics: Mapping[str, Any]) -> str:
+    """Why a step's update was skipped, from its metrics."""
+    for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        bound = metrics.get(f"{key}_bound", math.inf)
+        if not math.isfinite(metrics[key]):
+            return f"the {name} is not finite"
+        if metrics[key] > bound:
+            return f"the {name} is a spike (the spike guard's bound is {bound:.4g})"
+    return "the spike guard refused it"
