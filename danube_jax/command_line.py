@@ -96,7 +96,10 @@ def _one_line(error: Exception) -> str:
         return f"config: unknown key {unknown[1]!r}{hint}"
     if isinstance(error, FileNotFoundError):
         return f"{text}; --config takes a Python file such as configs/demo.py"
-    return text or type(error).__name__
+    if " " not in text:  # a KeyError says no more than the key
+        text = f"the config file raised {type(error).__name__} {text}".rstrip()
+        return f"{text}; expected a get_config() as in configs/demo.py"
+    return text
 
 
 def read_config(holder: flags.FlagHolder) -> RunConfig:

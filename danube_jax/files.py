@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from danube_jax.errors import UserError
 
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # of a process
 _SYNCERS = 8  # they wait for the disk, which takes several at once
 
 
@@ -103,10 +104,15 @@ def _clear_leftovers(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one under which `atomic_writer` writes."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def clear_temporaries(folder: Path) -> None:
     """Removes what processes that were killed within `atomic_writer` left in a folder."""
     for path in folder.iterdir():
-        found = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        found = _TEMPORARY.fullmatch(path.name)
         if found and not _is_running(int(found[1])):
             with contextlib.suppress(OSError):
                 path.unlink()

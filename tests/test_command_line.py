@@ -111,6 +111,8 @@ def test_config_file_missing_or_broken(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config(:\n")
     assert_one_line(command(f"--config={broken}"), "broken.py")
+    broken.write_text('def get_config():\n    return {}["mu"]\n')
+    assert_one_line(command(f"--config={broken}"), "the config file raised KeyError")
     assert_one_line(command(), "--config is needed")
 
 

@@ -58,9 +58,11 @@ def check_workdir(workdir: Path, run: RunConfig) -> None:
         raise UserError(f"--workdir={workdir}: not a folder to work in: {reason}") from error
     if CONFIG_FILE in entries:
         _require_same_run(workdir / CONFIG_FILE, run)
-    elif set(entries) - {PREPARED_DATA, ROUNDS}:
+        return
+    others = [x for x in entries if x not in (PREPARED_DATA, ROUNDS) and not files.is_temporary(x)]
+    if others:
         raise UserError(
-            f"--workdir={workdir}: holds {entries[0]!r} but no {CONFIG_FILE}, so it is not "
+            f"--workdir={workdir}: holds {others[0]!r} but no {CONFIG_FILE}, so it is not "
             "the folder of a run; choose an empty or a new one"
         )
 
@@ -73,6 +75,7 @@ def claim_workdir(workdir: Path, run: RunConfig) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        files.clear_temporaries(workdir)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--workdir={workdir}: cannot be made: {reason}") from error
