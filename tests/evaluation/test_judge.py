@@ -65,17 +65,22 @@ BAD = {
     "no JSON": ((200, b"<html>hello</html>"), "no chat completion: '<html>hello"),
     "no choices": ((200, b'{"choices": []}'), "no chat completion"),
     "hangs up": (None, "breaks off"),
-    "too slow": (lambda: slowly(0.6, completion("[[3]]")), "no answer in 0.2 s"),
+    "too slow": (lambda: slowly(1.5, completion("[[3]]")), "no answer in 0.5 s"),
     "empty reply": (completion(""), "gave no score"),
     "no score": (completion("I cannot say"), "gave no score from 1 to 10; its last reply is 'I"),
     "impossible score": (completion("[[70]]"), "gave no score"),
 }
 
 
+def patience(name):
+    """Seconds for a reply; many, on a busy machine, where none is meant to be late."""
+    return 0.5 if name == "too slow" else 30.0
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_replies_are_asked_again(name):
     reply, _ = BAD[name]
-    verdict, server = grade(reply, reply, completion("[[4]]"), timeout=0.2)
+    verdict, server = grade(reply, reply, completion("[[4]]"), timeout=patience(name))
     assert verdict.score == 4.0
     assert len(server.bodies) == 3
 
@@ -83,7 +88,7 @@ def test_bad_replies_are_asked_again(name):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_replies_without_end_are_an_error(name):
     reply, reason = BAD[name]
-    error, server = grade(reply, timeout=0.2)
+    error, server = grade(reply, timeout=patience(name))
     assert isinstance(error, JudgeError)
     assert reason in str(error)
     assert len(server.bodies) == 4
