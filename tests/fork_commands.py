@@ -47,6 +47,13 @@ class Finished:
         assert fragment in self.errors[0], self.errors
 
 
+def xla_flags(environment: Mapping[str, str], devices: int) -> str:
+    """$XLA_FLAGS with that many virtual CPU devices."""
+    option = "--xla_force_host_platform_device_count"
+    flags = re.sub(rf"{option}=\d+", "", environment.get("XLA_FLAGS", ""))
+    return f"{flags} {option}={devices}".strip()
+
+
 class ForkServer:
     """Starts commands in forks, one at a time.
 
@@ -57,8 +64,6 @@ class ForkServer:
     def __init__(self, *preload: str, environment: Mapping[str, str] | None = None):
         """Imports `preload` (module names) beside `PRELOAD`, in a process of its own."""
         env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", **(environment or {})}
-        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", env.get("XLA_FLAGS", ""))
-        env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=1".strip()
         self.environment, self._lock = env, threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, __file__, *PRELOAD, *preload],
@@ -70,7 +75,13 @@ class ForkServer:
         )
 
     def run(
-        self, program: str, *arguments: str, stdin: str | bytes = b"", seconds: float = 300.0
+        self,
+        program: str,
+        *arguments: str,
+        stdin: str | bytes = b"",
+        seconds: float = 300.0,
+        devices: int = 1,
+        cwd: Path = ROOT,
     ) -> Finished:
         """Runs a module, or a script where `program` ends in .py, for at most `seconds`."""
         if isinstance(stdin, str):
@@ -78,6 +89,8 @@ class ForkServer:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "in").write_bytes(stdin)
             request = {"program": program, "arguments": arguments, "folder": folder}
+            request["cwd"] = str(cwd)
+            request["environment"] = {"XLA_FLAGS": xla_flags(self.environment, devices)}
             with self._lock:
                 self._process.stdin.write(json.dumps(request | {"seconds": seconds}) + "\n")
                 self._process.stdin.flush()
@@ -156,7 +169,10 @@ def _run(request: dict) -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
     sys.argv = [program, *request["arguments"]]
+    sys.path[0] = str(Path(program).parent) if program.endswith(".py") else os.getcwd()
     status = 1
     try:
         if program.endswith(".py"):

@@ -1,14 +1,29 @@
 """Runs the project's commands in processes of their own, and reads what they leave."""
 
+import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from fork_commands import ROOT, ForkServer, xla_flags
+
+TIMEOUT = 400.0  # seconds
+
+
+# What a command of that name imports beside what all do, where it is installed.
+PRELOAD = {
+    "danube_jax.evaluate": ("danube_jax.evaluation.harness", "lm_eval.evaluator", "lm_eval.tasks"),
+    "danube_jax.train": (
+        "danube_jax.training.run",
+        "danube_jax.training.tuning",
+        "danube_jax.interop.import_hf",
+        "danube_jax.interop.export_hf",
+    ),
+}
+_servers: dict[tuple[str, ...], ForkServer] = {}
 
 
 def command(
@@ -16,26 +31,58 @@ def command(
     module: str = "danube_jax.train",
     devices: int = 1,
     environment: Mapping[str, str] | None = None,
-    start: bool = False,
-):
-    """Runs (or starts) ``python -m MODULE``, or a script where `module` ends in .py."""
+    fresh: bool = False,
+    stdin: str = "",
+    cwd: Path = ROOT,
+) -> subprocess.CompletedProcess:
+    """Runs ``python -m MODULE``, or a script where `module` ends in .py.
+
+    Args:
+      devices: virtual CPU devices.
+      environment: of an interpreter of its own.
+      fresh: an interpreter of its own, rather than a fork of one that has the imports behind it.
+    """
+    if fresh or environment:
+        process = start_command(
+            *arguments, module=module, devices=devices, environment=environment, cwd=cwd
+        )
+        out, err = process.communicate(stdin, timeout=TIMEOUT)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    preload = PRELOAD.get(module, PRELOAD["danube_jax.train"])
+    preload = tuple(name for name in preload if importlib.util.find_spec(name.split(".")[0]))
+    if preload not in _servers:
+        # It ends when this process does, which holds the other end of its stdin.
+        _servers[preload] = ForkServer(
+            *preload, environment={"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        )
+    done = _servers[preload].run(
+        module, *arguments, seconds=TIMEOUT, devices=devices, stdin=stdin, cwd=cwd
+    )
+    if done.status is None:
+        raise subprocess.TimeoutExpired([module, *arguments], TIMEOUT, done.out, done.err)
+    return subprocess.CompletedProcess([module, *arguments], done.status, done.out, done.err)
+
+
+def start_command(
+    *arguments: str,
+    module: str = "danube_jax.train",
+    devices: int = 1,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+) -> subprocess.Popen:
+    """Starts a command in an interpreter of its own."""
     program = [module] if module.endswith(".py") else ["-m", module]
     env = os.environ | {"PYTHONPATH": str(ROOT), **(environment or {})}
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", env["XLA_FLAGS"])
-    env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
-    popen = subprocess.Popen(
+    env["XLA_FLAGS"] = xla_flags(env, devices)
+    return subprocess.Popen(
         [sys.executable, *program, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=env,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    if start:
-        return popen
-    out, err = popen.communicate(timeout=400)
-    return subprocess.CompletedProcess(popen.args, popen.returncode, out, err)
 
 
 def read_rows(workdir: Path, kind: str) -> list[dict]:

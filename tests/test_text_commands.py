@@ -27,30 +27,17 @@ def folder(tmp_path_factory):
     return write_tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
-# The commands compile the same small programs over and over; one process leaves them to the next.
-CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
 def environment():
-    return os.environ | CACHE_ALL | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
 
 
 def generate(*arguments):
-    return command(*arguments, module="danube_jax.generate", environment=CACHE_ALL)
+    return command(*arguments, module="danube_jax.generate")
 
 
 def talk(text, *arguments):
     """The chat, with what a user types on standard input."""
-    return subprocess.run(
-        [sys.executable, "-m", "danube_jax.chat", *arguments],
-        input=text,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=environment(),
-        timeout=300,
-    )
+    return command(*arguments, module="danube_jax.chat", stdin=text)
 
 
 def batch(tmp_path, *rows):

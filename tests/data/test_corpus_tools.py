@@ -1,20 +1,16 @@
 """The command lines of the corpus pipeline."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 from corpus_config import make, write_jsonl
+from helpers import ROOT, command
 
 from danube_jax.data.corpus import tokenizer_mix
 from danube_jax.data.corpus.config import parse_corpus_config
 from danube_jax.data.tokenizer import train_bpe
 from danube_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 TEXTS = [text for _, text in sorted(topics.items())]
 CONFIG = """
 from danube_jax.data.corpus.config import corpus_config, text_source, stage
@@ -37,15 +33,7 @@ def get_config():
 
 
 def run(folder, tool, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return command(*arguments, module=str(ROOT / "tools" / tool), cwd=folder)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import socket
 
 import numpy as np
-from helpers import command, read_rows
+from helpers import command, read_rows, start_command
 
 
 def free_port() -> int:
@@ -17,13 +17,12 @@ def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
     port = free_port()
     common = (f"--config={corpus.config}", "--config.training.max_steps=12")
     processes = [
-        command(
+        start_command(
             *common,
             f"--workdir={tmp_path / 'two'}",
             f"--coordinator_address=127.0.0.1:{port}",
             "--num_processes=2",
             f"--process_id={index}",
-            start=True,
         )
         for index in range(2)
     ]
