@@ -118,12 +118,15 @@ def fork_server(*preload: str, **environment: str) -> Iterator[ForkServer]:
 
 
 def _serve(preload: list[str]) -> None:
+    import gc
     import importlib
     import warnings
 
     warnings.filterwarnings("ignore", message="os.fork")
     for name in preload:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or every collection in a fork would touch, and so copy, all that is imported
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

@@ -12,8 +12,10 @@ pytestmark = needs_compiler
 
 WHOLE, FEW = 24, 2  # layers
 MICROBATCH_TOKENS = {8: 16_384, 16: 24_576}  # by devices; the batch divides by both
-STEPS = [(8, WHOLE), (16, FEW), pytest.param((16, WHOLE), marks=pytest.mark.slow)]
-
+EIGHT, SIXTEEN = (
+    [(devices, FEW), pytest.param((devices, WHOLE), marks=pytest.mark.slow)] for devices in (8, 16)
+)
+STEPS = EIGHT + SIXTEEN
 
 GIB = 2**30
 
@@ -73,7 +75,7 @@ def test_fp8_weights_are_gathered_as_bytes_and_gradients_scattered_once_a_step(k
     assert others == len(collectives(program.entry, "all-gather"))
 
 
-@pytest.mark.parametrize("key", [step for step in STEPS if step != (16, FEW)])
+@pytest.mark.parametrize("key", EIGHT + SIXTEEN[1:])
 def test_collectives_take_a_fiftieth_of_a_step_at_most(key):
     step = step_of(key)
     totals = step.account.totals(Rates())
@@ -90,10 +92,11 @@ def test_state_is_sharded_and_updated_in_place(key):
     assert memory.state == pytest.approx(12 * parameters / devices, rel=2e-3)
 
 
-def test_memory_is_within_budget():
-    memory = step_of((8, WHOLE)).memory
+@pytest.mark.parametrize("key", EIGHT)
+def test_memory_is_within_budget(key):
+    memory = step_of(key).memory
     # The scheduler that hides communication must not keep what magnitudes are taken of.
-    assert memory.temporary < 40 * GIB
+    assert memory.temporary < (2.8 + 1.55 * key[1]) * GIB  # 40 GiB in all
     assert memory.needed < 72 * GIB
 
 

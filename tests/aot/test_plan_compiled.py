@@ -58,6 +58,7 @@ def test_plan_from_the_command_line(tmp_path):
     assert step["largest_microbatch_tokens"] == 144 // DEVICES * 8_192  # the whole batch at once
 
 
+@pytest.mark.slow
 def test_memory_grows_as_planned():
     run = make_run("danube2", num_hidden_layers=LAYERS)
     limit, lines = 12 * 10**9, []

@@ -8,6 +8,7 @@ Reads requests as lines of JSON, answers with lines of JSON; see `commands.Forks
 
 import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -25,6 +26,8 @@ def serve(modules: list[str]) -> dict[str, Any]:
     """Answers requests; returns the one to become, in a child of this process."""
     for name in modules:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or every collection in a fork would touch, and so copy, all that is imported
     assert len(os.listdir("/proc/self/task")) == 1, "a fork takes no threads along"
     _answer({"ready": True})
     for line in sys.stdin:

@@ -75,7 +75,7 @@ def test_stores_tokenizer_and_config_file(corpus, server, base, full, figures):
         "config file of the command": [corpus.config],
         "config.json of a run": [base / "config.json"],
     }
-    counts = (90, 90, 40, 40, 60) if full else (3, 4, 1, 1, 2)
+    counts = (90, 90, 40, 40, 60) if full else (2, 3, 1, 1, 1)
     for (name, paths), count in zip(kinds.items(), counts, strict=True):
         campaign = Campaign(name, figures)
         for path, kind in draw(rng, paths, count):
@@ -106,7 +106,7 @@ def test_checkpoints(corpus, server, base, full, tmp_path, figures):
     rng, expected = np.random.default_rng(2), checkpoint_arrays(base, LAST)
     campaign = Campaign("newest checkpoint", figures)
     names = [p.relative_to(base) for p in files_under(base / "checkpoints" / str(LAST))]
-    for i, (name, kind) in enumerate(draw(rng, names, 130 if full else 4)):
+    for i, (name, kind) in enumerate(draw(rng, names, 130 if full else 3)):
         workdir = tmp_path / f"run{i}"
         shutil.copytree(base, workdir)
         what = damage(workdir / name, kind, rng)

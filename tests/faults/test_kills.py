@@ -26,7 +26,7 @@ TRAINING_STAGES = (
 
 def test_training(corpus, server, undisturbed, full, tmp_path, figures):
     expected, seconds = undisturbed
-    kills = 80 if full else 6
+    kills = 80 if full else 5
     rng, tally, begin = np.random.default_rng(8), Tally(), time.monotonic()
     cold = tmp_path / "cold"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import HANG_SECONDS
 from helpers import read_rows
-from small_runs import Outcome, arguments, rows
+from small_runs import STEPS, Outcome, arguments, rows
 from test_signals import go, start, steps_of
 
 from danube_jax.data import loader
@@ -29,7 +29,7 @@ def skips(workdir):
     return [(row["step"], "loss_bound" in row or "grad_norm_bound" in row) for row in events]
 
 
-def test_bad_batches_are_skipped_and_a_stop_changes_no_bit(corpus, server, tmp_path):
+def test_bad_batches_are_skipped_and_a_stop_changes_no_bit(corpus, server, full, tmp_path):
     """Two that are not finite and, with the guard, one whose loss is a spike."""
     planted = {"nan": [5, 6], "spike": [15]}
     ended = run(server, corpus, tmp_path / "whole", planted, *GUARD)
@@ -45,13 +45,14 @@ def test_bad_batches_are_skipped_and_a_stop_changes_no_bit(corpus, server, tmp_p
     assert losses[16] < losses[14] + 0.5
 
     # The checkpoint of step 12 lies within the guard's window, that of 15 after the spike.
-    for last in ("--config.training.max_steps=12", "--config.training.max_steps=16", ""):
-        more = (last,) if last else ()
-        ended = run(server, corpus, tmp_path / "parts", planted, *GUARD, *more)
+    for last in (12, 16, STEPS) if full else (16, STEPS):
+        more = (*GUARD, f"--config.training.max_steps={last}")
+        ended = run(server, corpus, tmp_path / "parts", planted, *more)
         assert ended.status == 0, ended.err
     Outcome.read(tmp_path / "parts").assert_same(Outcome.read(tmp_path / "whole"))
 
 
+@pytest.mark.faults
 def test_without_the_guard_a_spike_does_harm(corpus, server, undisturbed, tmp_path):
     """The planted batch is one that the option is for: Adam's second moments stay too large."""
     ended = run(
