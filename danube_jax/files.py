@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from danube_jax.errors import UserError
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # of a process
+_ATTEMPTS = 20
 _SYNCERS = 8  # they wait for the disk, which takes several at once
 
 
@@ -83,7 +85,16 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         if old.exists() and not output.exists():
             os.rename(old, output)
         for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, to which a library's thread may still be adding a last file."""
+    for _ in range(_ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _clear_leftovers(output: Path) -> None:

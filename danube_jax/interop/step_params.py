@@ -179,6 +179,8 @@ def save_params(
       meta: goes into `meta` beside the checksums.
       advance: called with the bytes of every array that is written.
 
+    Where it fails or is interrupted, nothing goes on writing arrays after it.
+
     Raises:
       UserError: an array cannot be read.
       OSError: the disk does not take it.
@@ -192,7 +194,10 @@ def save_params(
     pytree = ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry, use_ocdbt=False, use_compression=False
     )
-    items = ocp.CompositeCheckpointHandler(**{STATE: pytree, META: ocp.JsonCheckpointHandler()})
+    items = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(async_options=_FOLDERS_FIRST),
+        **{STATE: pytree, META: ocp.JsonCheckpointHandler()},
+    )
     try:
         with ocp.Checkpointer(items) as checkpointer:
             args = {STATE: ocp.args.PyTreeSave(tree), META: ocp.args.JsonSave({})}
@@ -204,11 +209,20 @@ def save_params(
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             content = files.seal({**meta, "checksums": checksums})
             checkpointer.save(step_folder / META, args=ocp.args.JsonSave(content), force=True)
-    except Exception as error:
+    except BaseException as error:
         cause = handler.error or error
+        handler.stop()
         if isinstance(cause, UserError | OSError):
             raise cause from None
         raise
+
+
+# Or a folder could be made after the save has failed, and its remains were removed.
+_FOLDERS_FIRST = ocp.AsyncOptions(create_directories_asynchronously=False)
+
+
+class _Stopped(Exception):
+    """The save has ended: nobody waits for the arrays."""
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
@@ -217,14 +231,22 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self, advance: Callable[[int], None]):
         super().__init__()
         self._advance, self._lock = advance, threading.Lock()
+        self._stopped, self._writing = threading.Event(), threading.Lock()
         self.checksums: dict[LeafPath, int] = {}
         self.error: BaseException | None = None
+
+    def stop(self) -> None:
+        """Ends what writes in the background: Orbax waits for it only where all goes well."""
+        self._stopped.set()
+        with self._writing:
+            pass
 
     async def serialize(self, values, infos, args=None):
         async def write_all() -> None:
             for info in infos:
                 await info.await_path_creation()
             with (
+                self._writing,
                 ThreadPoolExecutor(_WORKERS) as workers,
                 ThreadPoolExecutor(_SYNCERS) as syncer,
             ):
@@ -245,6 +267,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
     def _write(self, source: LeafSource, folder: Path, syncer: ThreadPoolExecutor) -> Future:
         """Streams one array; returns what waits for the disk."""
+        self._check_stop()
         folder.mkdir(parents=True, exist_ok=True)
         array_json = {
             "zarr_format": 2,
@@ -263,6 +286,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         descriptor = os.open(folder / _chunk_name(source.shape), flags, 0o666)
         try:
             for block in source.row_blocks():
+                self._check_stop()
                 checksum.update(block.rows)
                 _append(block, descriptor)
                 with self._lock:
@@ -275,6 +299,10 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
             self.checksums[source.path] = checksum.value()
         # Waiting for the disk takes no processor, so it goes on beside the next arrays.
         return syncer.submit(_sync_and_close, descriptor)
+
+    def _check_stop(self) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
 
 
 # What a kernel or a file system says that cannot copy from one file to the other.

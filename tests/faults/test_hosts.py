@@ -152,12 +152,19 @@ def test_state_is_exact_on_any_number_of_devices(zero1, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_dies(corpus, server, undisturbed, full, victim, tmp_path, figures):
-    """The other one ends within the stated time and says why; the job starts again, and goes on."""
+    """The other one ends within the stated time and says why; the job starts again, and goes on.
+
+    One process begins, two go on and then one alone: a checkpoint is anybody's.
+    """
     expected, _ = undisturbed
     workdir, logs = tmp_path / "run", [tmp_path / "log0", tmp_path / "log1"]
+    command = arguments(corpus.config, workdir)
+    ended = server.run(TRAIN, *command, "--config.training.max_steps=3", log=logs[0])
+    assert ended.status == 0, ended.err
     processes = start_two(server, corpus, workdir, logs)
     until_steps(processes, logs)
     other = processes[1 - victim]
+    assert "resuming at step 3 of" in processes[0].shown()
     processes[victim].signal(signal.SIGKILL)
     sent = time.monotonic()
     ended = other.poll(STATED_SECONDS)
@@ -179,7 +186,7 @@ def test_one_of_two_processes_dies(corpus, server, undisturbed, full, victim, tm
             shown = "".join(process.shown() for process in processes)
             assert f"saved at step {steps_of(workdir)[-1]};" in shown
     # One alone, to the end.
-    ended = server.run(TRAIN, *arguments(corpus.config, workdir), log=logs[0])
+    ended = server.run(TRAIN, *command, log=logs[0])
     assert ended.status == 0, ended.err
     assert len(read_rows(workdir, "train")) == STEPS
     assert_close(workdir, expected, logs)
