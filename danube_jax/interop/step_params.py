@@ -32,6 +32,8 @@ ARRAY_JSON = ".zarray"
 LeafPath = tuple[str, ...]
 _SYNCERS = 4  # they wait for the disk, which takes several at once
 _WORKERS = 2  # one sums while the other reads or writes; each holds a block
+# Or a folder could be made after a save has failed and its remains were removed.
+_FOLDERS_FIRST = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
 class DamagedCheckpoint(Exception):
@@ -215,10 +217,6 @@ def save_params(
         if isinstance(cause, UserError | OSError):
             raise cause from None
         raise
-
-
-# Or a folder could be made after the save has failed, and its remains were removed.
-_FOLDERS_FIRST = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
 class _Stopped(Exception):
