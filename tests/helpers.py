@@ -11,9 +11,8 @@ from pathlib import Path
 from fork_commands import ROOT, ForkServer, xla_flags
 
 TIMEOUT = 400.0  # seconds
-
-
-# What a command of that name imports beside what all do, where it is installed.
+# What a command imports beside `fork_commands.PRELOAD`, where it is installed; those that are not
+# named are taken for training.
 PRELOAD = {
     "danube_jax.evaluate": ("danube_jax.evaluation.harness", "lm_eval.evaluator", "lm_eval.tasks"),
     "danube_jax.train": (
@@ -39,8 +38,10 @@ def command(
 
     Args:
       devices: virtual CPU devices.
-      environment: of an interpreter of its own.
+      environment: more of it; the command gets an interpreter of its own.
       fresh: an interpreter of its own, rather than a fork of one that has the imports behind it.
+      stdin: what it reads there.
+      cwd: the folder that it runs in.
     """
     if fresh or environment:
         process = start_command(

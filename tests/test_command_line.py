@@ -193,7 +193,7 @@ def test_stores_are_read_only_by_training(corpus, tmp_path):
 
 
 def test_help_shows_an_example():
-    result = command("--help")
+    result = command("--help", fresh=True)
     assert result.returncode == 0
     assert "python -m danube_jax.train --config=configs/demo.py" in result.stdout
     assert "--workdir" in result.stdout
@@ -202,7 +202,7 @@ def test_help_shows_an_example():
 def test_losses_fall_and_are_finite(corpus, tmp_path):
     """The tiny run learns: far below the entropy of guessing among 400 pieces (5.99 nats)."""
     workdir = tmp_path / "run"
-    result = command(f"--config={corpus.config}", f"--workdir={workdir}")
+    result = command(f"--config={corpus.config}", f"--workdir={workdir}", fresh=True)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]

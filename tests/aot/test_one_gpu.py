@@ -36,7 +36,7 @@ WINDOWS = {
     ("danube", 16_384): 4_096,
     ("danube2", 8_192): 0,
 }
-QUICK = [("danube", 2_048), ("danube", 16_384), ("danube2", 8_192)]  # all differ in their window
+QUICK = [("danube", 2_048), ("danube", 16_384), ("danube2", 8_192)]  # no window, one, another model
 
 
 def parameter(name, context, layers):
