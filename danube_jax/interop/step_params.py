@@ -211,12 +211,13 @@ def save_params(
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             content = files.seal({**meta, "checksums": checksums})
             checkpointer.save(step_folder / META, args=ocp.args.JsonSave(content), force=True)
-    except BaseException as error:
+    except Exception as error:
         cause = handler.error or error
-        handler.stop()
         if isinstance(cause, UserError | OSError):
             raise cause from None
         raise
+    finally:
+        handler.stop()
 
 
 class _Stopped(Exception):
